@@ -1,0 +1,81 @@
+# Copyright 2026 The jax_attn Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Merging attention over parts of a context into attention over all of it."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jax_attn._src import checks, dtypes
+
+
+def merge_attention(
+    outs: jax.Array | Sequence[jax.Array],
+    lses: jax.Array | Sequence[jax.Array],
+    *,
+    sinks: jax.Array | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Merges attention over disjoint parts of a context by log-sum-exp.
+
+    The parts can be splits, a shared prefix and a suffix (cascade attention; Ye et al. 2024),
+    or the shards of a mesh axis. An empty part, of lse -inf, changes nothing, not even the last
+    bit. Differentiable in `outs`, `lses` and `sinks`.
+
+    Args:
+      outs: Normalised outputs, `[num_parts, batch, query_len, num_q_heads, v_head_dim]` or a
+        sequence of `num_parts` arrays without the first dimension.
+      lses: Their log-sum-exps, natural logarithm, float32 `[num_parts, batch, query_len,
+        num_q_heads]` or a sequence. They must not count sinks if `sinks` is given.
+      sinks: float `[num_q_heads]`, logits to count once in the denominator of the whole.
+      axis_name: Mesh axes to merge over as well, inside `shard_map`: each device holds its own
+        parts, and all get the result. One pmax and one psum of `out` and `lse` cross devices.
+
+    Returns:
+      The merged output, like a part, and its lse, float32 `[batch, query_len, num_q_heads]`.
+
+    Raises:
+      ValueError: If there are no parts, or shapes disagree.
+      TypeError: If an argument has a dtype that is not accepted.
+    """
+    op = "merge_attention"
+    if len(outs) == 0 or len(outs) != len(lses):
+        raise ValueError(
+            f"{op}: `outs` and `lses` must list the same parts, at least one; "
+            f"got {len(outs)} and {len(lses)}."
+        )
+    dims = checks.Dims(op)
+    for i in range(len(outs)):
+        checks.check_dtype(op, f"outs[{i}]", outs[i], dtypes.FLOAT_DTYPES)
+        checks.check_dtype(op, f"lses[{i}]", lses[i], (jnp.float32,))
+        dims.bind(f"outs[{i}]", outs[i], "batch query_len num_q_heads v_head_dim")
+        dims.bind(f"lses[{i}]", lses[i], "batch query_len num_q_heads")
+    out = outs if isinstance(outs, jax.Array) else jnp.stack(list(outs))
+    lse = lses if isinstance(lses, jax.Array) else jnp.stack(list(lses))
+    dtype = out.dtype
+
+    # The maximum only keeps the exponentials in range: its gradient cancels.
+    top = jax.lax.stop_gradient(jnp.max(lse, axis=0))
+    if axis_name is not None:
+        top = jax.lax.pmax(top, axis_name)
+    if sinks is not None:
+        checks.check_dtype(op, "sinks", sinks, dtypes.FLOAT_DTYPES)
+        dims.bind("sinks", sinks, "num_q_heads")
+        sinks = sinks.astype(jnp.float32)[None, None, :]
+        top = jnp.maximum(top, jax.lax.stop_gradient(sinks))
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    weight = jnp.exp(lse - top)
+    # An empty part may hold NaN from a kernel of someone else; its weight of 0 must win.
+    weighted = jnp.where(weight[..., None] > 0, out.astype(jnp.float32), 0) * weight[..., None]
+    total, merged = jnp.sum(weight, axis=0), jnp.sum(weighted, axis=0)
+    if axis_name is not None:
+        total, merged = jax.lax.psum((total, merged), axis_name)
+    if sinks is not None:
+        total = total + jnp.exp(sinks - top)
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    return (
+        (merged / total[..., None]).astype(dtype),
+        jnp.where(empty, -jnp.inf, top + jnp.log(total)),
+    )
