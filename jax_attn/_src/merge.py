@@ -56,19 +56,20 @@ def merge_attention(
     dtype = out.dtype
 
     # The maximum only keeps the exponentials in range: its gradient cancels.
-    top = jax.lax.stop_gradient(jnp.max(lse, axis=0))
+    top = jax.lax.stop_gradient(jnp.max(lse, axis=0, keepdims=True))
     if axis_name is not None:
         top = jax.lax.pmax(top, axis_name)
     if sinks is not None:
         checks.check_dtype(op, "sinks", sinks, dtypes.FLOAT_DTYPES)
         dims.bind("sinks", sinks, "num_q_heads")
-        sinks = sinks.astype(jnp.float32)[None, None, :]
+        sinks = sinks.astype(jnp.float32)[None, None, None, :]
         top = jnp.maximum(top, jax.lax.stop_gradient(sinks))
     top = jnp.where(jnp.isfinite(top), top, 0)
     weight = jnp.exp(lse - top)
     # An empty part may hold NaN from a kernel of someone else; its weight of 0 must win.
     weighted = jnp.where(weight[..., None] > 0, out.astype(jnp.float32), 0) * weight[..., None]
-    total, merged = jnp.sum(weight, axis=0), jnp.sum(weighted, axis=0)
+    total = jnp.sum(weight, axis=0, keepdims=True)
+    merged = jnp.sum(weighted, axis=0)
     if axis_name is not None:
         total, merged = jax.lax.psum((total, merged), axis_name)
     if sinks is not None:
@@ -76,6 +77,6 @@ def merge_attention(
     empty = total == 0
     total = jnp.where(empty, 1, total)
     return (
-        (merged / total[..., None]).astype(dtype),
-        jnp.where(empty, -jnp.inf, top + jnp.log(total)),
+        (merged / total[0, ..., None]).astype(dtype),
+        jnp.where(empty, -jnp.inf, top + jnp.log(total))[0],
     )
