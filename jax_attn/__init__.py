@@ -5,6 +5,7 @@
 from jax_attn._src.kv_cache import PagedKVCache
 from jax_attn._src.merge import merge_attention
 from jax_attn._src.page_allocator import PageAllocator
+from jax_attn._src.registration import platforms
 from jax_attn._src.split_kv_attention.api import paged_attention, split_kv_attention
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "PagedKVCache",
     "merge_attention",
     "paged_attention",
+    "platforms",
     "split_kv_attention",
 ]

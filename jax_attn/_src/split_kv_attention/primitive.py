@@ -1,10 +1,218 @@
 # Copyright 2026 The jax_attn Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Provisional."""
+"""Split-KV attention as JAX sees it: result types, gradients, sharding and choice of kernel."""
 
-from jax_attn._src.split_kv_attention.reference import reference
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_attn._src import primitives, registration, sharding
+from jax_attn._src.split_kv_attention import backward, reference
+from jax_attn._src.split_kv_attention.problem import OPERAND_NAMES, Operands, Options
+
+NAME = "split_kv_attention"
+TARGET = "jax_attn_split_kv_attention"
+
+_CAUSAL_CODE = {None: 0, "bottom_right": 1, "top_left": 2}
+_LAYOUT_CODE = {None: 0, "NHD": 1, "HND": 2}
+
+_ROWS = "batch (kv_head group) query_len kv_len"
+_DENSE = {
+    "query": "batch query_len (kv_head group) head_dim",
+    "key": "batch kv_len kv_head head_dim",
+    "value": "batch kv_len kv_head v_head_dim",
+    "bias": _ROWS,
+    "mask": _ROWS,
+    "kv_lengths": "batch",
+    "page_table": "batch page_index",
+    "layer": "",
+    "alibi_slopes": "(kv_head group)",
+    "sinks": "(kv_head group)",
+    "out": "batch query_len (kv_head group) v_head_dim",
+    "lse": "batch query_len (kv_head group)",
+}
+_PAGES = {
+    "NHD": "page slot kv_head",
+    "HND": "page kv_head slot",
+}
 
 
-def attend(x, options):
-    """Provisional."""
-    return reference(x, options)
+def attend(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
+    """Computes checked operands: the output and the lse."""
+    return _attend(options, primitives.varying_alike(operands.present()))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(options: Options, operands: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    out, lse = operation.sharded(operands, options)
+    return out, lse
+
+
+def _attend_forward(options: Options, operands: dict[str, jax.Array]) -> Any:
+    out, lse = _attend(options, operands)
+    return (out, lse), (operands, out, lse)
+
+
+def _attend_backward(options: Options, residuals: Any, cotangents: Any) -> Any:
+    operands = residuals[0]
+
+    def gradients(residuals: Any, cotangents: Any) -> dict[str, jax.Array]:
+        operands, out, lse = residuals
+        return backward.gradients(Operands(**operands), options, out, lse, *cotangents)
+
+    _, axes = primitives.explicit_axes()
+    if axes:
+        differentiable = [n for n in operands if jnp.issubdtype(operands[n].dtype, jnp.inexact)]
+        specs = {name: jax.typeof(operands[name]).sharding.spec for name in differentiable}
+        gradients = jax.sharding.auto_axes(gradients, axes=tuple(axes), out_sharding=specs)
+    found = gradients(residuals, cotangents)
+    return ({name: found.get(name) for name in operands},)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _results(avals: Mapping[str, Any], options: Options) -> Sequence[Any]:
+    query = avals["query"]
+    batch = np.broadcast_shapes(
+        *[a.shape[: len(a.shape) - options.rank(name)] for name, a in avals.items()]
+    )
+    b, t, n, _ = query.shape[-4:]
+    v_head_dim = avals["value"].shape[-1]
+    return (
+        primitives.result_like(query, (*batch, b, t, n, v_head_dim), query.dtype),
+        primitives.result_like(query, (*batch, b, t, n), jnp.float32),
+    )
+
+
+def _reference(operands: Mapping[str, jax.Array], options: Options) -> Sequence[jax.Array]:
+    """The reference under the vmap dimensions of the operands, which broadcast."""
+    extra = {name: x.ndim - options.rank(name) for name, x in operands.items()}
+    depth = max(extra.values())
+    if depth == 0:
+        return reference.reference(Operands(**operands), options)
+    outermost = {name: extra[name] == depth for name in operands}
+    size = max(operands[name].shape[0] for name in operands if outermost[name])
+    axes, mapped = {}, {}
+    for name, x in operands.items():
+        shared = not outermost[name] or x.shape[0] != size
+        axes[name] = None if shared else 0
+        mapped[name] = x[0] if shared and outermost[name] else x
+    return jax.vmap(lambda x: tuple(_reference(x, options)), in_axes=(axes,))(mapped)
+
+
+def _call(
+    shapes: Mapping[str, tuple[int, ...]], results: Sequence[tuple[int, ...]], options: Options
+) -> sharding.Call:
+    kv_heads = shapes["key"][-3 if options.page_layout == "HND" else -2]
+    heads = shapes["query"][-2]
+    arrays = dict(_DENSE)
+    if options.page_layout is not None:
+        pages = _PAGES[options.page_layout].removeprefix(
+            "" if options.has_layers else "layer_index"
+        )
+        arrays |= {"key": f"{pages} head_dim", "value": f"{pages} v_head_dim"}
+    for name in ("k_scale", "v_scale"):
+        stored = arrays["key"].split()[:-1]
+        per_head = ["layer_index", "kv_head"][2 - options.rank(name) :]
+        is_per_token = options.rank(name) == len(stored)
+        arrays[name] = " ".join(stored if is_per_token else per_head)
+    # With one kv head any split of the query heads is a problem with one kv head.
+    shardable = ("batch", "kv_head") if kv_heads > 1 else ("batch", "group")
+    return sharding.Call(
+        spec=sharding.ShardingSpec(arrays, shardable),
+        operands=shapes,
+        results=dict(zip(("out", "lse"), results, strict=True)),
+        num_batch_dims=len(results[0]) - 4,
+        sizes={"kv_head": kv_heads, "group": heads // kv_heads},
+    )
+
+
+def _cpu_kernel(avals: Mapping[str, Any], results: Sequence[Any], options: Options) -> Any:
+    """What the CPU kernel is called with: target, extra results and attributes; or a reason."""
+    if options.implementation == "xla":
+        return 'implementation="xla" was asked for'
+    module = registration.native_module("cpu")
+    if module is None:
+        return "the CPU kernels are not installed"
+    shapes = [a.shape for a in (*avals.values(), *results)]
+    if not all(isinstance(size, int) for shape in shapes for size in shape):
+        return "a dimension is symbolic, and the kernel's workspace needs its size"
+    query, key = avals["query"], avals["key"]
+    out_shape = results[0].shape
+    reason = module.refusal(
+        NAME,
+        query_dtype=query.dtype.name,
+        cache_dtype=key.dtype.name,
+        head_dim=query.shape[-1],
+        v_head_dim=out_shape[-1],
+        num_batch_dims=len(out_shape) - 3,
+    )
+    if reason:
+        return reason
+    plan = kernel_plan(module, avals, out_shape, options)
+    attributes = {
+        "operands": ",".join(list(avals)[3:]),
+        "variant": options.variant,
+        "scale": np.float32(options.scale),
+        "causal": np.int32(_CAUSAL_CODE[options.causal]),
+        "sliding_window": np.int64(options.sliding_window or 0),
+        "logits_soft_cap": np.float32(options.logits_soft_cap or 0),
+        "num_splits": np.int64(options.num_splits or 0),
+        "split_size": np.int64(options.split_size or 0),
+        "lse_includes_sinks": bool(options.lse_includes_sinks),
+        "page_layout": np.int32(_LAYOUT_CODE[options.page_layout]),
+        "k_scale_rank": np.int32(options.k_scale_rank),
+        "v_scale_rank": np.int32(options.v_scale_rank),
+    }
+    return TARGET, [((plan["workspace_size"],), np.dtype(np.float32))], attributes
+
+
+def kernel_plan(
+    module: Any, avals: Mapping[str, Any], out_shape: Sequence[int], options: Options
+) -> dict[str, int]:
+    """Asks the native module how it cuts a problem of these shapes."""
+    key = avals["key"].shape
+    heads_first = options.page_layout == "HND"
+    tokens, kv_heads = key[-3:-1] if not heads_first else key[-3:-1][::-1]
+    kv_len = tokens
+    if options.page_layout is not None:
+        kv_len = avals["page_table"].shape[-1] * tokens
+    return module.split_kv_plan(
+        batch=math.prod(out_shape[:-3]),
+        query_len=out_shape[-3],
+        num_q_heads=out_shape[-2],
+        num_kv_heads=kv_heads,
+        head_dim=key[-1],
+        v_head_dim=out_shape[-1],
+        kv_len=kv_len,
+        heads_first=heads_first,
+        num_splits=options.num_splits or 0,
+        split_size=options.split_size or 0,
+    )
+
+
+def _refuse_fallback(options: Options, platform: str, reason: str) -> None:
+    if options.implementation == "native":
+        op = "paged_attention" if options.page_layout is not None else NAME
+        raise NotImplementedError(
+            f'{op}: implementation="native" cannot be used on {platform}: {reason}. '
+            "Use implementation=None to fall back to jax.numpy."
+        )
+
+
+operation = primitives.Operation(
+    NAME,
+    operands=OPERAND_NAMES,
+    results=_results,
+    reference=_reference,
+    call=_call,
+    rank=lambda name, options: options.rank(name),
+    kernels={"cpu": _cpu_kernel},
+    refuse_fallback=_refuse_fallback,
+)

@@ -77,6 +77,7 @@ class Options:
     k_scale_rank: int = 0
     v_scale_rank: int = 0
     implementation: Implementation | None = None
+    variant: str = ""  # instruction set of the CPU kernel, empty for the best; tests choose it
 
     def rank(self, name: str) -> int:
         """Dimensions of operand `name` without those that vmap adds in front."""

@@ -1,0 +1,48 @@
+// Copyright 2026 The jax_attn Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// What the compiled kernels can do. The one list: dispatch, error messages, documentation and
+// tests are made from it.
+
+#ifndef JAX_ATTN_CSRC_CAPABILITY_H_
+#define JAX_ATTN_CSRC_CAPABILITY_H_
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include "dtype.h"
+
+namespace jax_attn {
+
+using DTypeSet = uint32_t;
+
+constexpr DTypeSet SetOf(DType dtype) { return DTypeSet{1} << static_cast<int>(dtype); }
+constexpr bool Contains(DTypeSet set, DType dtype) { return (set & SetOf(dtype)) != 0; }
+
+inline constexpr DTypeSet kFloats =
+    SetOf(DType::kFloat32) | SetOf(DType::kBFloat16) | SetOf(DType::kFloat16);
+inline constexpr DTypeSet kQuantized = SetOf(DType::kInt8) | SetOf(DType::kFloat8E4M3FN) |
+                                       SetOf(DType::kFloat8E4M3FNUZ) | SetOf(DType::kFloat8E5M2);
+
+struct Capability {
+  const char* op;
+  const char* platform;  // as JAX names platforms in lowering
+  DTypeSet query_dtypes;
+  DTypeSet cache_dtypes;  // keys and values have the same dtype
+  int64_t head_dim_multiple;
+  int64_t max_head_dim;
+};
+
+inline constexpr Capability kCapabilities[] = {
+    {"split_kv_attention", "cpu", kFloats, kFloats | kQuantized, 8, 512},
+};
+
+// Why the kernel of `op` on `platform` refuses a problem; empty if it takes it.
+std::string Refusal(std::string_view op, std::string_view platform, DType query_dtype,
+                    DType cache_dtype, int64_t head_dim, int64_t v_head_dim,
+                    int64_t num_batch_dims);
+
+}  // namespace jax_attn
+
+#endif  // JAX_ATTN_CSRC_CAPABILITY_H_

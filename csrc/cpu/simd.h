@@ -1,0 +1,292 @@
+// Copyright 2026 The jax_attn Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Vectors of the width that the current translation unit is compiled for, in the compilers' own
+// vector types. The files that include this are compiled once per instruction set, so everything
+// lives in a namespace of that set, and nothing from the standard library is instantiated here:
+// the linker could otherwise pick a copy with instructions that the machine lacks.
+
+#ifndef JAX_ATTN_CSRC_CPU_SIMD_H_
+#define JAX_ATTN_CSRC_CPU_SIMD_H_
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#if defined(__F16C__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#include "../dtype.h"
+
+#ifndef JAX_ATTN_TARGET
+#error "JAX_ATTN_TARGET must name the instruction set, see CMakeLists.txt"
+#endif
+
+namespace jax_attn::cpu::JAX_ATTN_TARGET {
+
+#if defined(__AVX512F__)
+inline constexpr int kLanes = 16;
+inline constexpr bool kManyRegisters = true;
+#elif defined(__AVX2__)
+inline constexpr int kLanes = 8;
+inline constexpr bool kManyRegisters = false;
+#else
+inline constexpr int kLanes = 4;
+inline constexpr bool kManyRegisters = false;
+#endif
+// Elements that storage is read in: two vectors.
+inline constexpr int kPair = 2 * kLanes;
+
+typedef float F32 __attribute__((vector_size(4 * kLanes)));
+typedef int32_t I32 __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t U32 __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t U16 __attribute__((vector_size(2 * kLanes)));
+typedef uint8_t U8 __attribute__((vector_size(kLanes)));
+typedef int8_t I8 __attribute__((vector_size(kLanes)));
+
+template <typename V>
+inline V LoadAs(const void* from) {
+  V v;
+  memcpy(&v, from, sizeof(V));
+  return v;
+}
+
+inline F32 Load(const float* from) { return LoadAs<F32>(from); }
+inline void Store(float* to, F32 v) { memcpy(to, &v, sizeof(v)); }
+inline F32 Broadcast(float x) { return x - F32{}; }
+inline F32 Max(F32 a, F32 b) { return a > b ? a : b; }
+inline F32 Select(I32 mask, F32 a, F32 b) { return mask ? a : b; }
+inline F32 AsFloat(U32 bits) { return reinterpret_cast<F32>(bits); }
+inline U32 AsBits(F32 v) { return reinterpret_cast<U32>(v); }
+
+// ---- Sums across lanes
+
+template <int kDistance, int... kLane>
+inline F32 Exchange(F32 x, F32 y, std::integer_sequence<int, kLane...>) {
+  // Lanes with bit kDistance clear come from x, the others from y; and each has its partner,
+  // kDistance away in the same source, added.
+  const F32 own = __builtin_shufflevector(
+      x, y, (kLane & kDistance ? kLane + kLanes : kLane)...);
+  const F32 partner = __builtin_shufflevector(
+      x, y, ((kLane & kDistance ? kLane + kLanes : kLane) ^ kDistance)...);
+  return own + partner;
+}
+
+template <int kDistance>
+inline F32 Exchange(F32 x, F32 y) {
+  return Exchange<kDistance>(x, y, std::make_integer_sequence<int, kLanes>());
+}
+
+// Returns a vector whose lane i * kLanes / kCount is the sum of the lanes of v[i].
+template <int kCount, int kDistance = kLanes / 2>
+inline F32 SumLanes(const F32* v) {
+  if constexpr (kDistance == 0) {
+    return v[0];
+  } else if constexpr (kCount == 1) {
+    const F32 folded[1] = {Exchange<kDistance>(v[0], v[0])};
+    return SumLanes<1, kDistance / 2>(folded);
+  } else {
+    F32 half[kCount / 2];
+    for (int i = 0; i < kCount / 2; ++i) half[i] = Exchange<kDistance>(v[i], v[i + kCount / 2]);
+    return SumLanes<kCount / 2, kDistance / 2>(half);
+  }
+}
+
+inline float Sum(F32 v) { return SumLanes<1>(&v)[0]; }
+
+inline float MaxLane(F32 v) {
+  float top = v[0];
+  for (int i = 1; i < kLanes; ++i) top = v[i] > top ? v[i] : top;
+  return top;
+}
+
+// ---- Functions
+
+// 2^x for x <= 0, at most 2 units in the last place off; 0 below the normal range (x < -126) and
+// for -inf; NaN for NaN. 2^f on [-0.5, 0.5] is a polynomial of degree 6 fitted to it (the Taylor
+// terms of exp, economised), relative error 3e-9 before rounding.
+inline F32 Exp2(F32 x) {
+  const F32 shifter = Broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const F32 in_range = Select(x < -126.0f, Broadcast(-126.0f), x);
+  const F32 shifted = in_range + shifter;
+  const F32 f = in_range - (shifted - shifter);
+  F32 p = Broadcast(1.535336188319500e-4f);
+  p = p * f + 1.339887440266574e-3f;
+  p = p * f + 9.618437357674640e-3f;
+  p = p * f + 5.550332471162809e-2f;
+  p = p * f + 2.402264791363012e-1f;
+  p = p * f + 6.931472028550421e-1f;
+  p = p * f + 1.0f;
+  // The integer sits in the low bits of `shifted`; as an exponent it scales p. Multiplying,
+  // rather than adding exponents, keeps NaN.
+  const U32 exponent = (AsBits(shifted) - AsBits(shifter) + 127u) << 23;
+  return Select(x < -126.0f, F32{}, p * AsFloat(exponent));
+}
+
+// tanh, relative error below 3e-7. The exponential form cancels near 0, so a polynomial in x^2
+// takes over there.
+inline F32 Tanh(F32 x) {
+  const F32 magnitude = AsFloat(AsBits(x) & 0x7fffffffu);
+  const F32 e = Exp2(magnitude * -2.885390081777927f);  // e^(-2|x|)
+  const F32 large = (1.0f - e) / (1.0f + e);
+  const F32 z = magnitude * magnitude;
+  F32 p = Broadcast(-5.70498872745e-3f);
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  const F32 small = magnitude + magnitude * z * p;
+  const F32 result = Select(magnitude < 0.625f, small, large);
+  return AsFloat(AsBits(result) | (AsBits(x) & 0x80000000u));
+}
+
+// ---- Storage: how elements become pairs of float vectors
+
+// A binary format of less than 16 bits below the sign, decoded with integer arithmetic so that
+// flushed denormals of the host do not matter. kInfinities: the top exponent holds inf and NaN,
+// as in IEEE; otherwise kNan is the one NaN (sign included only for the fnuz formats).
+template <int kExponentBits, int kMantissaBits, int kBias>
+inline F32 DecodeFinite(U32 bits) {
+  const U32 sign = (bits >> (kExponentBits + kMantissaBits)) << 31;
+  const U32 magnitude = bits & ((1u << (kExponentBits + kMantissaBits)) - 1);
+  const F32 normal = AsFloat((magnitude << (23 - kMantissaBits)) + ((127u - kBias) << 23));
+  constexpr int kSmallest = 1 - kBias - kMantissaBits;  // exponent of the least subnormal
+  const F32 smallest = AsFloat(U32{} + (static_cast<uint32_t>(127 + kSmallest) << 23));
+  const F32 subnormal =
+      __builtin_convertvector(reinterpret_cast<I32>(magnitude), F32) * smallest;
+  const I32 is_subnormal = reinterpret_cast<I32>(magnitude) < (1 << kMantissaBits);
+  return AsFloat(AsBits(Select(is_subnormal, subnormal, normal)) | sign);
+}
+
+template <int kExponentBits, int kMantissaBits, int kBias>
+inline F32 DecodeIeee(U32 bits) {
+  const U32 magnitude = bits & ((1u << (kExponentBits + kMantissaBits)) - 1);
+  const I32 special =
+      reinterpret_cast<I32>(magnitude) >= (((1 << kExponentBits) - 1) << kMantissaBits);
+  const U32 sign = (bits >> (kExponentBits + kMantissaBits)) << 31;
+  const F32 inf_or_nan = AsFloat((magnitude << (23 - kMantissaBits)) | 0x7f800000u | sign);
+  return Select(special, inf_or_nan, DecodeFinite<kExponentBits, kMantissaBits, kBias>(bits));
+}
+
+inline F32 QuietNan() { return AsFloat(U32{} + 0x7fc00000u); }
+
+// Each Storage reads kPair elements into two vectors. `kInterleaved`: the vectors hold the even
+// and the odd elements, else the first and the second half.
+template <DType kDType>
+struct Storage;
+
+template <>
+struct Storage<DType::kFloat32> {
+  using Element = float;
+  static constexpr bool kInterleaved = false;
+  static void LoadPair(const Element* from, F32& a, F32& b) {
+    a = Load(from);
+    b = Load(from + kLanes);
+  }
+};
+
+// A bfloat16 is the upper half of a float32, so a 32-bit word holds an even and an odd element
+// that one operation each turns into floats.
+template <>
+struct Storage<DType::kBFloat16> {
+  using Element = uint16_t;
+  static constexpr bool kInterleaved = true;
+  static void LoadPair(const Element* from, F32& a, F32& b) {
+    const U32 words = LoadAs<U32>(from);
+    a = AsFloat(words << 16);
+    b = AsFloat(words & 0xffff0000u);
+  }
+};
+
+template <typename Derived, typename Narrow, typename Wide>
+struct SequentialStorage {
+  static constexpr bool kInterleaved = false;
+  template <typename Element>
+  static void LoadPair(const Element* from, F32& a, F32& b) {
+    a = Derived::Decode(__builtin_convertvector(LoadAs<Narrow>(from), Wide));
+    b = Derived::Decode(__builtin_convertvector(LoadAs<Narrow>(from + kLanes), Wide));
+  }
+};
+
+template <>
+struct Storage<DType::kFloat16>
+#if defined(__F16C__) || defined(__ARM_NEON)
+{
+  using Element = uint16_t;
+  static constexpr bool kInterleaved = false;
+  static F32 Decode(const Element* from) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<F32>(
+        // The unmasked form trips -Wmaybe-uninitialized inside GCC's own header.
+        _mm512_maskz_cvtph_ps(0xffff,
+                              _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif defined(__F16C__)
+    return reinterpret_cast<F32>(
+        _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+    return reinterpret_cast<F32>(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))));
+#endif
+  }
+  static void LoadPair(const Element* from, F32& a, F32& b) {
+    a = Decode(from);
+    b = Decode(from + kLanes);
+  }
+};
+#else
+    : SequentialStorage<Storage<DType::kFloat16>, U16, U32> {
+  using Element = uint16_t;
+  static F32 Decode(U32 bits) { return DecodeIeee<5, 10, 15>(bits); }
+};
+#endif
+
+template <>
+struct Storage<DType::kInt8> : SequentialStorage<Storage<DType::kInt8>, I8, I32> {
+  using Element = int8_t;
+  static F32 Decode(I32 v) { return __builtin_convertvector(v, F32); }
+};
+
+template <>
+struct Storage<DType::kFloat8E5M2> : SequentialStorage<Storage<DType::kFloat8E5M2>, U8, U32> {
+  using Element = uint8_t;
+  static F32 Decode(U32 bits) { return DecodeIeee<5, 2, 15>(bits); }
+};
+
+// No infinities; 0x7f and 0xff are NaN.
+template <>
+struct Storage<DType::kFloat8E4M3FN> : SequentialStorage<Storage<DType::kFloat8E4M3FN>, U8, U32> {
+  using Element = uint8_t;
+  static F32 Decode(U32 bits) {
+    return Select(reinterpret_cast<I32>((bits & 0x7fu) == 0x7fu), QuietNan(),
+                  DecodeFinite<4, 3, 7>(bits));
+  }
+};
+
+// No infinities and no negative zero, whose code 0x80 is the only NaN.
+template <>
+struct Storage<DType::kFloat8E4M3FNUZ>
+    : SequentialStorage<Storage<DType::kFloat8E4M3FNUZ>, U8, U32> {
+  using Element = uint8_t;
+  static F32 Decode(U32 bits) {
+    return Select(reinterpret_cast<I32>(bits == 0x80u), QuietNan(), DecodeFinite<4, 3, 8>(bits));
+  }
+};
+
+// The last, partial pair of a row: elements past its end read as 0.
+template <typename S>
+inline void LoadPartialPair(const typename S::Element* from, int count, F32& a, F32& b) {
+  typename S::Element padded[kPair] = {};
+  memcpy(padded, from, count * sizeof(padded[0]));
+  S::LoadPair(padded, a, b);
+}
+
+// Position, within a pair of vectors as a Storage loads them, of element i of kPair.
+template <typename S>
+inline int PairPosition(int i) {
+  return S::kInterleaved ? (i % 2) * kLanes + i / 2 : i;
+}
+
+}  // namespace jax_attn::cpu::JAX_ATTN_TARGET
+
+#endif  // JAX_ATTN_CSRC_CPU_SIMD_H_

@@ -1,0 +1,116 @@
+// Copyright 2026 The jax_attn Authors
+// SPDX-License-Identifier: Apache-2.0
+
+#include "split_kv_attention.h"
+
+#include <algorithm>
+
+#include "split_plan.h"
+
+namespace jax_attn::cpu {
+
+#if defined(__x86_64__)
+namespace avx512 {
+extern const SplitKvKernels kSplitKvKernels;
+}
+namespace avx2 {
+extern const SplitKvKernels kSplitKvKernels;
+}
+#endif
+namespace portable {
+extern const SplitKvKernels kSplitKvKernels;
+}
+
+namespace {
+
+// Multiply-adds below which handing work to another thread costs more than it saves (about 10 us).
+constexpr int64_t kMinParallelWork = 256 * 1024;
+
+// The entry that a numbered item belongs to.
+const SplitEntry& EntryOf(const SplitPlan& plan, int64_t item) {
+  auto next = std::upper_bound(
+      plan.entries.begin(), plan.entries.end(), item,
+      [](int64_t item, const SplitEntry& entry) { return item < entry.first_item; });
+  return *(next - 1);
+}
+
+}  // namespace
+
+std::vector<const SplitKvKernels*> AvailableSplitKvKernels() {
+  std::vector<const SplitKvKernels*> kernels;
+#if defined(__x86_64__)
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("f16c");
+  const bool has_avx512 =
+      has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (has_avx512) kernels.push_back(&avx512::kSplitKvKernels);
+  if (has_avx2) kernels.push_back(&avx2::kSplitKvKernels);
+#endif
+  kernels.push_back(&portable::kSplitKvKernels);
+  return kernels;
+}
+
+std::string LaunchSplitKvAttention(const SplitKvAttentionParams& p, std::string_view variant,
+                                   Executor& executor) {
+  static const std::vector<const SplitKvKernels*> available = AvailableSplitKvKernels();
+  const SplitKvKernels* kernels = variant.empty() ? available.front() : nullptr;
+  for (const SplitKvKernels* candidate : available) {
+    if (variant == candidate->name) kernels = candidate;
+  }
+  if (kernels == nullptr) return "variant '" + std::string(variant) + "' cannot run here";
+
+  // The workspace was sized where the call was compiled, perhaps for other threads than these.
+  int64_t num_threads = executor.num_threads();
+  SplitLayout layout = MakeSplitLayout(p, num_threads);
+  while (layout.workspace_size() > p.workspace_size && num_threads > 1) {
+    layout = MakeSplitLayout(p, --num_threads);
+  }
+  if (layout.workspace_size() > p.workspace_size) {
+    return "workspace has " + std::to_string(p.workspace_size) + " floats, expected at least " +
+           std::to_string(layout.workspace_size());
+  }
+  if (layout.num_row_blocks == 0) return "";
+
+  const SplitPlan plan = PlanSplits(p, layout);
+  if (plan.work < kMinParallelWork) num_threads = 1;
+  float* const partials = p.workspace + layout.num_threads * layout.scratch_size;
+  ParallelFor(executor, num_threads, plan.num_items, [&](int64_t i, int64_t worker) {
+    const SplitEntry& entry = EntryOf(plan, i);
+    const int64_t split = (i - entry.first_item) / layout.num_head_groups;
+    const int64_t head_group = (i - entry.first_item) % layout.num_head_groups;
+    SplitItem item;
+    item.batch_index = entry.batch_index;
+    item.rows = entry.rows;
+    item.head_begin = head_group * layout.heads_per_item;
+    item.head_end = std::min(p.num_kv_heads, item.head_begin + layout.heads_per_item);
+    item.keys = entry.Split(split);
+    item.scratch = p.workspace + worker * layout.scratch_size;
+    if (entry.num_splits > 1) {
+      item.partial = partials + (entry.first_partial + split) * layout.partial_size;
+    }
+    kernels->split(p, item);
+  });
+  if (plan.num_merges == 0) return "";
+
+  std::vector<const SplitEntry*> merges;
+  merges.reserve(plan.num_merges);
+  for (const SplitEntry& entry : plan.entries) {
+    if (entry.num_splits > 1) merges.push_back(&entry);
+  }
+  ParallelFor(executor, plan.work < 16 * kMinParallelWork ? 1 : num_threads,
+              plan.num_merges * p.num_kv_heads, [&](int64_t i, int64_t) {
+                const SplitEntry& entry = *merges[i / p.num_kv_heads];
+                MergeItem item;
+                item.batch_index = entry.batch_index;
+                item.rows = entry.rows;
+                item.head = i % p.num_kv_heads;
+                item.partials = partials + entry.first_partial * layout.partial_size;
+                item.partial_stride = layout.partial_size;
+                item.num_splits = entry.num_splits;
+                kernels->merge(p, item);
+              });
+  return "";
+}
+
+}  // namespace jax_attn::cpu

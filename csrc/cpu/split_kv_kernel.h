@@ -1,0 +1,97 @@
+// Copyright 2026 The jax_attn Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// The two stages of split-KV attention on one CPU thread, compiled once per instruction set.
+
+#ifndef JAX_ATTN_CSRC_CPU_SPLIT_KV_KERNEL_H_
+#define JAX_ATTN_CSRC_CPU_SPLIT_KV_KERNEL_H_
+
+#include <cstdint>
+
+#include "../split_kv_attention.h"
+
+namespace jax_attn::cpu {
+
+// Keys that are scored, normalised and accumulated together.
+inline constexpr int64_t kTileKeys = 64;
+
+// The largest head_dim in the capability table.
+inline constexpr int64_t kMaxHeadDim = 512;
+
+// Row vectors in scratch memory are padded to this many floats: two vectors of the widest set.
+inline constexpr int64_t kRowPadding = 32;
+
+constexpr int64_t Padded(int64_t n) { return (n + kRowPadding - 1) / kRowPadding * kRowPadding; }
+
+// Row r of a kv head is query r / group_size with head r % group_size of the group, so that the
+// queries of a block of rows are consecutive.
+struct RowBlock {
+  int64_t begin = 0;
+  int64_t end = 0;
+  int64_t size() const { return end - begin; }
+};
+
+struct KeyRange {
+  int64_t begin = 0;
+  int64_t end = 0;
+  int64_t size() const { return end > begin ? end - begin : 0; }
+};
+
+// Keys that a query may see by length, causality and window. The same for all heads.
+inline KeyRange VisibleKeys(const SplitKvAttentionParams& p, int64_t length, int64_t query) {
+  const int64_t position =
+      p.causal == Causal::kTopLeft ? query : length - p.query_len + query;
+  KeyRange keys{0, length};
+  if (p.causal != Causal::kNone && position + 1 < keys.end) keys.end = position + 1;
+  if (p.sliding_window != 0 && position - p.sliding_window + 1 > keys.begin) {
+    keys.begin = position - p.sliding_window + 1;
+  }
+  return keys;
+}
+
+inline int64_t ContextLength(const SplitKvAttentionParams& p, int64_t batch_index) {
+  if (p.kv_lengths.data == nullptr) return p.kv_len;
+  const int64_t length = *p.kv_lengths.At(p.batch, batch_index);
+  return length < 0 ? 0 : length > p.kv_len ? p.kv_len : length;
+}
+
+// What one thread does at a time: some rows of some kv heads against one split of the keys.
+struct SplitItem {
+  int64_t batch_index = 0;
+  RowBlock rows;
+  int64_t head_begin = 0;
+  int64_t head_end = 0;
+  KeyRange keys;
+  float* scratch = nullptr;
+  // Where to leave unnormalised results of this split, for [kv head][row in block]; null if the
+  // item has all keys of its rows and writes the output itself.
+  float* partial = nullptr;
+};
+
+// One head of one block of rows, whose keys were cut into `num_splits` partial results.
+struct MergeItem {
+  int64_t batch_index = 0;
+  RowBlock rows;
+  int64_t head = 0;
+  const float* partials = nullptr;
+  int64_t partial_stride = 0;  // floats between splits
+  int64_t num_splits = 0;
+};
+
+// A partial result of a row: v_head_dim accumulated values, then maximum and sum.
+constexpr int64_t PartialSize(int64_t v_head_dim) { return v_head_dim + 2; }
+
+// Floats of scratch for an item of `rows` rows and `heads` heads.
+constexpr int64_t ScratchSize(int64_t rows, int64_t heads, int64_t head_dim, int64_t v_head_dim) {
+  return heads * rows * (Padded(head_dim) + Padded(v_head_dim) + 2) + rows * kTileKeys;
+}
+
+struct SplitKvKernels {
+  const char* name;
+  void (*split)(const SplitKvAttentionParams&, const SplitItem&);
+  void (*merge)(const SplitKvAttentionParams&, const MergeItem&);
+};
+
+}  // namespace jax_attn::cpu
+
+#endif  // JAX_ATTN_CSRC_CPU_SPLIT_KV_KERNEL_H_

@@ -1,0 +1,264 @@
+# Copyright 2026 The jax_attn Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Builds JAX primitives. The one file that uses JAX interfaces without a promise of stability."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax._src import dispatch
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jax_attn._src import sharding
+
+# A shape and dtype.
+Aval = Any
+
+
+def result_like(operand: Aval, shape: Sequence[int], dtype: Any) -> Aval:
+    """Returns the type of a result that varies over the manual mesh axes that `operand` does."""
+    unsharded = operand.sharding.update(spec=PartitionSpec(*[None] * len(shape)))
+    return operand.update(
+        shape=tuple(shape), dtype=np.dtype(dtype), weak_type=False, sharding=unsharded
+    )
+
+
+def varying_alike(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Makes all arrays vary over the manual mesh axes that any of them varies over.
+
+    Done outside custom_vjp, so that cotangents of replicated operands are summed over the mesh.
+    """
+    axes = {name: _varying_axes(jax.typeof(array)) for name, array in arrays.items()}
+    union = frozenset().union(*axes.values())
+    return {
+        name: lax.pcast(array, tuple(sorted(union - axes[name])), to="varying")
+        if union - axes[name]
+        else array
+        for name, array in arrays.items()
+    }
+
+
+def _varying_axes(aval: Aval) -> frozenset[str]:
+    manual = getattr(aval, "manual_axis_type", None)
+    return manual.varying if manual is not None else getattr(aval, "vma", frozenset())
+
+
+def explicit_axes() -> tuple[Any, frozenset[str]]:
+    """Returns the current mesh, and those of its axes over which arrays' types are sharded."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return mesh, frozenset()
+    axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return mesh, frozenset(name for name, kind in axes if kind == AxisType.Explicit)
+
+
+class Operation:
+    """An operation as a pair of primitives: for a whole mesh, and for one device.
+
+    The outer primitive has the batching rule and, where XLA partitions the program, the sharding
+    rule. It lowers to the inner one on shards, which lowers to the compiled kernel where there is
+    one and to the reference elsewhere.
+
+    Both take operands in order and the static parameters `names`, the operands' names, and
+    `options`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        operands: Sequence[str],
+        results: Callable[..., Sequence[Aval]],
+        reference: Callable[..., Sequence[jax.Array]],
+        call: Callable[..., sharding.Call],
+        rank: Callable[[str, Any], int],
+        kernels: Mapping[str, Callable[..., Any]],
+        refuse_fallback: Callable[[Any, str, str], None],
+    ):
+        """Registers the primitives.
+
+        Args:
+          name: Name of the operation.
+          operands: Names of all its operands, in the order that its kernels take them.
+          results: `(operand avals by name, options)` to result avals.
+          reference: `(operands by name, options)` to results, for any number of vmap dimensions.
+          call: `(operand shapes by name, result shapes, options)` to the sharding declaration.
+          rank: `(operand name, options)` to its dimensions without those of vmap.
+          kernels: For each platform, `(operand avals by name, result avals, options)` to either
+            `(target, extra results, attributes)` or a string, the reason for refusal.
+          refuse_fallback: `(options, platform, reason)` raises if the reference is not wanted.
+        """
+        self.name = name
+        self._operands = tuple(operands)
+        self._reference = reference
+        self._rank = rank
+        self._call = call
+        self._kernels = kernels
+        self._refuse_fallback = refuse_fallback
+        self._results = results
+
+        self._outer = self._make_primitive(name)
+        self._inner = self._make_primitive(f"{name}_local")
+        mlir.register_lowering(self._inner, functools.partial(self._lower_local, None))
+        for platform in ("cpu", "cuda", "rocm", "tpu"):
+            rule = functools.partial(self._lower_local, platform)
+            mlir.register_lowering(self._inner, rule, platform=platform)
+        mlir.register_lowering(self._outer, self._lower)
+        # Partitioning by a Python callback asks for the devices at lowering.
+        dispatch.prim_requires_devices_during_lowering.add(self._outer)
+        batching.primitive_batchers[self._outer] = self._batch
+        self._outer.def_impl(lambda *args, **params: self._compiled(**params)(*args))
+
+    def bind(self, operands: Mapping[str, jax.Array], options: Any) -> tuple[jax.Array, ...]:
+        """Applies the operation to operands by name."""
+        # Pytrees sort the keys of a dict; the kernel has an order of its own.
+        names = tuple(name for name in self._operands if name in operands)
+        args = [operands[name] for name in names]
+        return tuple(self._outer.bind(*args, names=names, options=options))
+
+    def matches(self, primitive: Any) -> bool:
+        """Whether a primitive found in a jaxpr is this operation."""
+        return primitive is self._outer
+
+    def kernel(self, platform: str, avals: Mapping[str, Aval], options: Any) -> Any:
+        """Returns what the kernel of `platform` is called with, or why it is not called."""
+        if platform not in self._kernels:
+            return f"there is no kernel for {self.name} on {platform}"
+        return self._kernels[platform](avals, self._results(avals, options), options)
+
+    def _make_primitive(self, name: str) -> Primitive:
+        primitive = Primitive(f"jax_attn_{name}")
+        primitive.multiple_results = True
+        primitive.def_abstract_eval(
+            lambda *avals, names, options: list(
+                self._results(dict(zip(names, avals, strict=True)), options)
+            )
+        )
+        return primitive
+
+    @functools.cache  # noqa: B019 - operations live as long as the program
+    def _compiled(self, **params: Any) -> Callable[..., Any]:
+        return jax.jit(lambda *args: self._outer.bind(*args, **params))
+
+    def _batch(self, args: Sequence[Any], dims: Sequence[Any], *, names: Any, options: Any) -> Any:
+        """Puts the mapped dimension in front; operands that lack it stay as they are.
+
+        Dimensions are aligned at the right and broadcast, so an operand only needs dimensions of
+        size 1 where an outer vmap maps it and an inner one does not. Nothing is merged into the
+        batch: that would move data if the batch is sharded.
+        """
+        depth = max(
+            np.ndim(arg) - (dim is not batching.not_mapped) - self._rank(name, options)
+            for name, arg, dim in zip(names, args, dims, strict=True)
+        )
+        mapped = []
+        for name, arg, dim in zip(names, args, dims, strict=True):
+            if dim is not batching.not_mapped:
+                arg = jax.numpy.moveaxis(arg, dim, 0)
+                missing = depth + 1 + self._rank(name, options) - np.ndim(arg)
+                arg = lax.expand_dims(arg, range(1, 1 + missing))
+            mapped.append(arg)
+        results = self._outer.bind(*mapped, names=names, options=options)
+        return results, [0] * len(results)
+
+    def _lower(self, ctx: Any, *args: Any, names: Any, options: Any) -> Any:
+        axes = ctx.module_context.axis_context
+        # Under manual axes the operands are shards already, and the partitioner's callback does
+        # not work; on one device there is nothing to partition, and without the callback programs
+        # can be exported and cached.
+        local = bool(getattr(axes, "manual_axes", None)) or getattr(axes, "num_devices", 0) == 1
+        inner = functools.partial(self._inner.bind, names=names, options=options)
+        function = inner if local else self._partitioned(names, options)
+        return mlir.lower_fun(function, multiple_results=True)(ctx, *args)
+
+    @functools.cache  # noqa: B019
+    def _partitioned(self, names: tuple[str, ...], options: Any) -> Any:
+        """The operation on local shards, with its rules for the partitioner."""
+
+        @custom_partitioning
+        def local(*args: jax.Array) -> Any:
+            return tuple(self._inner.bind(*args, names=names, options=options))
+
+        def call_of(operands: Sequence[Any], results: Sequence[Any]) -> sharding.Call:
+            shapes = {name: _shape(x) for name, x in zip(names, operands, strict=True)}
+            return self._call(shapes, [_shape(x) for x in results], options)
+
+        def partition(mesh: Any, operands: Any, results: Any) -> Any:
+            call = call_of(operands, results)
+            specs = {
+                name: operand.sharding.spec for name, operand in zip(names, operands, strict=True)
+            }
+            plan = call.plan(specs, mesh.shape)
+
+            def shardings(arrays: Mapping[str, Any]) -> tuple[NamedSharding, ...]:
+                return tuple(NamedSharding(mesh, call.partition_spec(a, plan)) for a in arrays)
+
+            return (
+                mesh,
+                lambda *args: tuple(self._inner.bind(*args, names=names, options=options)),
+                shardings(call.results),
+                shardings(call.operands),
+            )
+
+        def rule(mesh: Any, operands: Any, results: Any) -> Any:
+            del mesh
+            return call_of(operands, results).shardy_rule()
+
+        local.def_partition(partition, sharding_rule=rule)
+        return local
+
+    def sharded(self, operands: Mapping[str, jax.Array], options: Any) -> tuple[jax.Array, ...]:
+        """Applies the operation; in explicit mode on shards, with sharded types."""
+        mesh, axes = explicit_axes()
+        if not axes:
+            return self.bind(operands, options)
+        avals = {name: jax.typeof(x) for name, x in operands.items()}
+        results = self._results(avals, options)
+        call = self._call(
+            {name: aval.shape for name, aval in avals.items()}, [r.shape for r in results], options
+        )
+        sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
+        plan = call.plan({name: aval.sharding.spec for name, aval in avals.items()}, sizes)
+        in_specs = {name: call.partition_spec(name, plan) for name in operands}
+        out_specs = tuple(call.partition_spec(name, plan) for name in call.results)
+        resharded = {name: jax.sharding.reshard(x, in_specs[name]) for name, x in operands.items()}
+
+        def local(shards: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+            return self.bind(varying_alike(shards), options)
+
+        return jax.shard_map(local, in_specs=(in_specs,), out_specs=out_specs, axis_names=axes)(
+            resharded
+        )
+
+    def _lower_local(
+        self, platform: str | None, ctx: Any, *args: Any, names: Any, options: Any
+    ) -> Any:
+        avals = dict(zip(names, ctx.avals_in, strict=True))
+        if platform is None:
+            platform = ctx.module_context.platforms[0]
+        kernel = self.kernel(platform, avals, options)
+        if isinstance(kernel, str):
+            self._refuse_fallback(options, platform, kernel)
+
+            def fallback(*args: jax.Array) -> Any:
+                results = self._reference(dict(zip(names, args, strict=True)), options)
+                return [r.astype(a.dtype) for r, a in zip(results, ctx.avals_out, strict=True)]
+
+            return mlir.lower_fun(fallback, multiple_results=True)(ctx, *args)
+        target, extra_results, attributes = kernel
+        avals_out = [*ctx.avals_out, *(jax.core.ShapedArray(*extra) for extra in extra_results)]
+        lowered = jax.ffi.ffi_lowering(target)(
+            ctx.replace(avals_out=avals_out), *args, **attributes
+        )
+        return lowered[: len(ctx.avals_out)]
+
+
+def _shape(x: Any) -> tuple[int, ...]:
+    """Shape of an operand that the partitioner describes by an aval or an MLIR type."""
+    return tuple(x.shape)
