@@ -12,13 +12,18 @@ Matrices are stored to be multiplied from the right, `x @ w`. Computation is in 
 parameters, with norms and rotary embeddings in float32.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+if TYPE_CHECKING:
+    import jax_attn
 
 Params = dict[str, Any]
 
@@ -36,7 +41,10 @@ class ModelConfig:
       num_kv_heads: Key and value heads; a divisor of `num_q_heads`.
       head_dim: Size of a head.
       norm_epsilon: Added to the mean square in RMSNorm.
+      context: Tokens of the longest context it was made for.
       rope_theta: Base of the rotary frequencies.
+      rope_type: Which constructor of `jax_attn.Rope` makes the rotary tables.
+      rope_options: Further arguments of that constructor, as pairs.
       qk_norm: Whether queries and keys are normalised per head (Qwen3) or not (Llama).
       tied_embeddings: Whether logits are made with the embedding matrix.
     """
@@ -48,8 +56,11 @@ class ModelConfig:
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
+    context: int
     norm_epsilon: float = 1e-6
     rope_theta: float = 10000.0
+    rope_type: str = "default"
+    rope_options: tuple[tuple[str, Any], ...] = ()
     qk_norm: bool = True
     tied_embeddings: bool = True
 
@@ -136,6 +147,88 @@ def train_logits(
 
     x, _ = lax.scan(layer, params["embed"][tokens], params["layers"])
     return unembed(params, config, rms_norm(x, params["norm"], c.norm_epsilon))
+
+
+def make_rope(config: ModelConfig, max_positions: int) -> jax_attn.Rope:
+    """Returns the rotary tables that `decode` takes, for positions below `max_positions`."""
+    import jax_attn  # Here, so that training does not need it.
+
+    constructor = getattr(jax_attn.Rope, config.rope_type)
+    options = dict(config.rope_options)
+    return constructor(config.head_dim, max_positions, theta=config.rope_theta, **options)
+
+
+def decode(
+    params: Params,
+    config: ModelConfig,
+    tokens: jax.Array,
+    cache: jax_attn.PagedKVCache,
+    page_table: jax.Array,
+    kv_lengths: jax.Array,
+    rope: jax_attn.Rope,
+    *,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax_attn.PagedKVCache]:
+    """Runs new tokens over the cached ones before them: prefill and decoding alike.
+
+    The new tokens are the last of each context. Where a context is shorter than `length`, its
+    tokens stand at the right, and the padding before them has negative positions: it is not
+    written to the cache and attends to nothing.
+
+    Args:
+      params: Parameters.
+      config: Sizes of the model.
+      tokens: int32 `[batch, length]`, the new tokens.
+      cache: Pages of all layers; donate it to have it updated in place.
+      page_table: int32 `[batch, max_pages]`, with pages for the new tokens too.
+      kv_lengths: int32 `[batch]`, tokens of each context with the new ones.
+      rope: Tables of `make_rope`.
+      implementation: "native", "xla", or None for the compiled kernels where there are some.
+
+    Returns:
+      Hidden states `[batch, length, hidden_size]`, for `unembed`, and the updated cache.
+    """
+    import jax_attn
+
+    c = config
+    batch, length = tokens.shape
+    positions = kv_lengths[:, None] - length + jnp.arange(length, dtype=jnp.int32)[None]
+    slots = cache.slots(page_table, positions).reshape(-1)
+    positions = positions.reshape(-1)
+
+    # The cache of all layers is carried, never scanned over: it is updated in place.
+    def layer(carry: Any, inputs: Any) -> tuple[Any, None]:
+        x, cache = carry
+        w, index = inputs
+        qkv = _dot(rms_norm(x, w["attention_norm"], c.norm_epsilon), w["qkv"])
+        norm = jax_attn.QKNorm(w["q_norm"], w["k_norm"], c.norm_epsilon) if c.qk_norm else None
+        new = jax_attn.fused_qkv_rope_cache(
+            qkv.reshape(batch * length, -1),
+            cache,
+            slots,
+            num_q_heads=c.num_q_heads,
+            positions=positions,
+            rope=rope,
+            qk_norm=norm,
+            layer=index,
+            implementation=implementation,
+        )
+        out = jax_attn.paged_attention(
+            new.query.reshape(batch, length, c.num_q_heads, c.head_dim),
+            new.cache,
+            page_table,
+            kv_lengths,
+            layer=index,
+            causal="bottom_right",
+            implementation=implementation,
+        )
+        x = x + _dot(out.reshape(batch, length, -1), w["attention_out"])
+        return (x + _mlp(c, x, w), new.cache), None
+
+    indices = jnp.arange(c.num_layers, dtype=jnp.int32)
+    start = (params["embed"][tokens], cache)
+    (x, cache), _ = lax.scan(layer, start, (params["layers"], indices))
+    return rms_norm(x, params["norm"], c.norm_epsilon), cache
 
 
 def unembed(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ start of a random line. Files are taken in order of their paths; every fiftieth 
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import platform
@@ -34,6 +35,7 @@ CONFIG = ModelConfig(
     num_q_heads=8,
     num_kv_heads=2,
     head_dim=32,
+    context=1024,
 )
 
 
@@ -123,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Trains a byte model on Python's own sources.")
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--batch", type=int, default=32, help="contexts of a step")
-    parser.add_argument("--context", type=int, default=1024, help="bytes of a context")
+    parser.add_argument("--context", type=int, default=CONFIG.context, help="bytes of a context")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--attention", choices=["xla", "cudnn"], default="xla")
@@ -155,7 +157,7 @@ def main() -> None:
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), state[0])  # What is saved is scored.
     seconds = time.perf_counter() - start
     held_out_loss = validate(params, args, held_out)
-    checkpoint.save(args.out, CONFIG, params, args.context)
+    checkpoint.save(args.out, dataclasses.replace(CONFIG, context=args.context), params)
     record = {
         "command": "python examples/train_lm.py",
         "arguments": {name: value for name, value in vars(args).items() if name != "out"},
