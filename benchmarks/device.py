@@ -1,0 +1,224 @@
+# Copyright 2026 The jax_attn Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The machine: what it is, how calls are timed on it, and how fast it can read."""
+
+import concurrent.futures
+import dataclasses
+import importlib.util
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Instruction sets that decide how fast attention can be, by their name in /proc/cpuinfo.
+_ISA_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
+
+# A GPU is asked for no cache size. Twice the L2 of current NVIDIA parts and the Infinity Cache
+# of MI300 are below these.
+_GPU_CACHE_BYTES = {"rocm": 256 << 20, "cuda": 64 << 20}
+
+_MAX_SETS = 256
+_MAX_SET_BYTES = 3 << 29
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Facts of the machine that JAX computes on by default."""
+
+    platform: str  # "cpu" or "gpu"
+    description: str
+    last_level_cache: int  # bytes
+    num_cores: int
+    vendor: str | None = None  # of a GPU: "cuda" or "rocm"
+
+    @classmethod
+    def default(cls) -> "Device":
+        """Describes JAX's default device."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        if jax.default_backend() == "cpu":
+            cache = _cpu_cache_bytes()
+            text = f"{_cpu_name()}, {cores} cores, {cache >> 20} MiB last-level cache"
+            return cls("cpu", text, cache, cores or 1)
+        device = jax.devices()[0]
+        vendor = "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
+        text = f"{device.device_kind} ({device.client.platform_version.splitlines()[0]})"
+        return cls("gpu", text, _GPU_CACHE_BYTES[vendor], cores or 1, vendor)
+
+    def num_sets(self, num_bytes: int, allocated_bytes: int) -> int:
+        """Input sets whose rotation leaves nothing of a set in a cache until its next turn."""
+        wanted = -(-4 * self.last_level_cache // num_bytes)
+        room = max(1, _MAX_SET_BYTES // max(allocated_bytes, 1))
+        return max(1, min(wanted, room, _MAX_SETS))
+
+    @property
+    def load(self) -> float | None:
+        """Processes that want to run on this machine, over its cores; None where not known."""
+        return os.getloadavg()[0] / self.num_cores if hasattr(os, "getloadavg") else None
+
+    @property
+    def sample_seconds(self) -> float:
+        """Time that one sample should take at least: calls shorter than this are averaged."""
+        return 2e-4 if self.platform == "cpu" else 2e-2
+
+    @property
+    def waits_each_call(self) -> bool:
+        """Whether a caller waits for every result. GPU calls are queued, and timed as a queue."""
+        return self.platform == "cpu"
+
+
+@dataclasses.dataclass
+class Runner:
+    """An implementation that is ready to be timed.
+
+    Attributes:
+      calls: One function per input set, which are called in rotation.
+      wait: Blocks until the result of a call is there.
+      steps: Steps that one call does; more than one if a call does all input sets.
+    """
+
+    calls: Sequence[Callable[[], Any]]
+    wait: Callable[[Any], Any]
+    steps: int = 1
+    _next: int = 0
+    _batch: int = 0
+
+    def turn(self, device: Device, seconds: float) -> list[float]:
+        """Runs for about `seconds`, at least once, and returns seconds per step of each sample."""
+        # Threads of the implementation that ran before may spin for a while after their last
+        # call, and this one's have gone to sleep.
+        time.sleep(0.01)
+        first = self._sample(device, 1)
+        if not self._batch:
+            first = self._sample(device, 1)
+            self._batch = max(1, int(np.ceil(device.sample_seconds / first)))
+        elif first > seconds:
+            return [first / self.steps]  # too long for waking threads to matter
+        samples = []
+        end = time.perf_counter() + seconds
+        while not samples or time.perf_counter() < end:
+            samples.append(self._sample(device, self._batch) / self._batch / self.steps)
+        return samples
+
+    def _sample(self, device: Device, num_calls: int) -> float:
+        start = time.perf_counter()
+        out = None
+        for _ in range(num_calls):
+            out = self.calls[self._next % len(self.calls)]()
+            self._next += 1
+            if device.waits_each_call:
+                self.wait(out)
+        self.wait(out)
+        return time.perf_counter() - start
+
+
+def take_turns(
+    runners: dict[str, Runner], device: Device, turns: int, seconds: float
+) -> dict[str, list[float]]:
+    """Times implementations one after the other, in rounds, so that drift meets all of them.
+
+    One whose calls take longer than its turns leaves after twice its time, with three samples.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in runners}
+    for runner in runners.values():
+        runner.turn(device, 0)  # warms up
+    for _ in range(turns):
+        for name, runner in runners.items():
+            if len(samples[name]) < 3 or sum(samples[name]) < 2 * turns * seconds:
+                samples[name] += runner.turn(device, seconds)
+    return samples
+
+
+# Read-only passes. Which one is fastest depends on the machine, so all are tried.
+
+
+def readers(device: Device, num_bytes: int, num_sets: int) -> dict[str, Runner]:
+    """Returns passes that read `num_bytes` and do little else, by name."""
+    size = max(1, num_bytes // 4)
+    found: dict[str, Runner] = {}
+    sets = [jnp.ones((size,), jnp.float32) for _ in range(num_sets)]
+    total = jax.jit(jnp.sum)
+    calls = [lambda x=x: total(x) for x in sets]
+    if device.platform == "gpu":
+        found["jnp.sum"] = jax_chain(total, sets)
+    else:
+        found["jnp.sum"] = Runner(calls, jax.block_until_ready)
+        views = [np.asarray(x) for x in sets]
+        found["numpy.max, threads"] = Runner([_threaded_max(x, device) for x in views], _ready)
+        if importlib.util.find_spec("torch"):
+            import torch
+
+            tensors = [torch.from_dlpack(x) for x in sets]
+            found["torch.sum"] = Runner([x.sum for x in tensors], _ready)
+    return found
+
+
+def native_read_bandwidth(device: Device, num_bytes: int) -> float | None:
+    """Bytes per second of the CPU module's own read pass, None without one."""
+    if device.platform != "cpu":
+        return None
+    try:
+        from jax_attn._native import _cpu
+    except ImportError:
+        return None
+    read_bandwidth = getattr(_cpu, "read_bandwidth", None)
+    return None if read_bandwidth is None else float(read_bandwidth(num_bytes))
+
+
+def jax_chain(fn: Callable[[Any], jax.Array], sets: Sequence[Any]) -> Runner:
+    """One compiled program that does all sets in order, so that dispatch is not timed."""
+
+    def run(sets: Sequence[Any]) -> list[jax.Array]:
+        outs: list[jax.Array] = []
+        for x in sets:
+            if outs:
+                x, outs[-1] = jax.lax.optimization_barrier((x, outs[-1]))
+            outs.append(fn(x))
+        return outs
+
+    compiled = jax.jit(run)
+    return Runner([lambda: compiled(sets)], jax.block_until_ready, steps=len(sets))
+
+
+_POOL = concurrent.futures.ThreadPoolExecutor()
+
+
+def _threaded_max(x: np.ndarray, device: Device) -> Callable[[], Any]:
+    # NumPy releases the GIL in a reduction, and its float maximum uses all of the SIMD width.
+    chunks = np.array_split(x, device.num_cores)
+    return lambda: list(_POOL.map(np.max, chunks))
+
+
+def _ready(_: Any) -> None:
+    """Results of synchronous calls are there already."""
+
+
+def _cpu_name() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    info: dict[str, str] = {}
+    for line in lines:
+        name, _, text = line.partition(":")
+        info.setdefault(name.strip().lower(), text.strip())
+    flags = (info.get("flags") or info.get("features") or "").split()
+    name = info.get("model name") or platform.machine()
+    # Virtual machines shorten the model name; family and model tell the generation.
+    generation = f"family {info.get('cpu family')} model {info.get('model')}"
+    isa = " ".join(flag for flag in _ISA_FLAGS if flag in flags)
+    return f"{name} ({generation}; {isa})"
+
+
+def _cpu_cache_bytes() -> int:
+    sizes = [0]
+    for path in pathlib.Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        unit = {"K": 1 << 10, "M": 1 << 20}.get(text[-1:], 1)
+        sizes.append(int(text.rstrip("KM")) * unit)
+    return max(sizes) or 32 << 20

@@ -1,0 +1,240 @@
+# Copyright 2026 The jax_attn Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Times attention decode: this package, its peers, and how fast the machine can read.
+
+    python benchmarks/run.py [--case REGEX] [--peer REGEX] [--json FILE] [--plot FILE] [--quick]
+
+The ceiling of a case is a pass that only reads, over as many bytes as the case must move and in
+turn with the implementations. Results are compared with a float32 reference before anything is
+timed.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+from typing import Any
+
+import device as device_lib
+import jax
+import numpy as np
+import peers
+import plot
+from cases import CASES, Case, make_inputs
+
+# Relative Frobenius errors that rounding explains: of 16-bit probabilities and results, and of
+# float32 sums in another order (GPU matrix units round float32 inputs further).
+TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 2e-3}
+
+# An implementation's share of a case: this many turns of so many seconds.
+TURNS, TURN_SECONDS = 10, 0.15
+QUICK_TURNS, QUICK_TURN_SECONDS = 3, 0.01
+QUICK_MAX_BYTES = 150 << 20
+
+# Load per core above which timings say more about other processes.
+MAX_LOAD = 0.3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns 1 if an implementation failed or was wrong."""
+    arguments = _parse(argv)
+    device = device_lib.Device.default()
+    header = describe(device)
+    print(f"device    {header['device']}")
+    versions = [
+        f"{name} {version or 'not installed'}" for name, version in header["versions"].items()
+    ]
+    print(f"versions  {', '.join(versions)}")
+    print(f"commit    {header['commit']}, {header['date']}", flush=True)
+    if header["load_per_core"] is not None and header["load_per_core"] > MAX_LOAD:
+        print(f"WARNING   not an idle machine: load {header['load_per_core']:.1f} per core")
+
+    chosen, missing = [], []
+    for peer in peers.PEERS:
+        if re.search(arguments.peer, peer.name):
+            reason = peer.missing(device)
+            chosen += [peer] if reason is None else []
+            missing += [] if reason is None else [{"peer": peer.name, "reason": reason}]
+    for entry in missing:
+        print(f"missing   {entry['peer']}: {entry['reason']}")
+
+    results = []
+    for case in select(arguments.case, device):
+        if arguments.quick and case.allocated_bytes > QUICK_MAX_BYTES:
+            print(f"\n{case.name}: left out by --quick", flush=True)
+            continue
+        rows = measure(case, chosen, device, arguments.quick)
+        print_case(case, rows)
+        results += rows
+    report = {"header": header | {"quick": arguments.quick, "missing": missing}, "results": results}
+    if arguments.json:
+        pathlib.Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
+    if arguments.plot:
+        plot.draw(header, results, arguments.plot)
+    return int(any(row["status"] in ("wrong", "failed") for row in results))
+
+
+def select(pattern: str | None, device: device_lib.Device) -> list[Case]:
+    """Cases whose name matches; without a pattern, those meant for the platform."""
+    if pattern is None:
+        return [case for case in CASES if device.platform in case.platforms]
+    return [case for case in CASES if re.search(pattern, case.name)]
+
+
+def measure(
+    case: Case, chosen: Sequence[peers.Peer], device: device_lib.Device, quick: bool
+) -> list[dict[str, Any]]:
+    """Checks and times the implementations of a case, and returns a row for each."""
+    num_sets = device.num_sets(case.num_bytes, case.allocated_bytes) if case.rotate else 1
+    sets = [make_inputs(case, seed) for seed in range(num_sets)]
+    expected = np.asarray(jax.jit(lambda x: peers.ours(case, x.in_float32(), "xla"))(sets[0]))
+    rows: list[dict[str, Any]] = []
+    runners: dict[str, device_lib.Runner] = {}
+    for peer in chosen:
+        row = _identity(case, peer, num_sets)
+        rows.append(row)
+        reason = peer.unsupported(case)
+        if reason is not None:
+            row |= {"status": "unsupported", "reason": reason}
+            continue
+        try:
+            runner = peer.prepare(case, device, sets)
+            out = runner.calls[0]()
+            runner.wait(out)
+            error = relative_error(peer.output(out), expected)
+        except NotImplementedError as e:
+            row |= {"status": "missing", "reason": str(e)}
+        except Exception as e:  # a peer's failure is a result, and must not end the run
+            row |= {"status": "failed", "reason": f"{type(e).__name__}: {e}"}
+        else:
+            row["error"] = error
+            if error <= TOLERANCE[case.dtype]:
+                runners[peer.name] = runner
+                row["status"] = "timed"
+            else:
+                row |= {"status": "wrong", "reason": f"relative error {error:.1e}"}
+    turns, seconds = (QUICK_TURNS, QUICK_TURN_SECONDS) if quick else (TURNS, TURN_SECONDS)
+    readers = device_lib.readers(device, case.num_bytes, num_sets)
+    samples = device_lib.take_turns(runners | readers, device, turns, seconds)
+
+    rates = {name: case.num_bytes / float(np.median(samples[name])) for name in readers}
+    native = device_lib.native_read_bandwidth(device, case.num_bytes)
+    if native is not None:
+        rates["native"] = native
+    reader = max(rates, key=lambda name: rates[name])
+    ours = samples.get(peers.OURS)
+    for row in rows:
+        if row["status"] == "timed":
+            row |= _statistics(samples[row["peer"]], case, rates[reader], ours)
+            row["ceiling_by"] = reader
+    return rows
+
+
+def relative_error(out: np.ndarray, expected: np.ndarray) -> float:
+    """Relative Frobenius error; infinite for another shape or a NaN."""
+    if out.shape != expected.shape or not np.isfinite(out).all():
+        return float("inf")
+    return float(np.linalg.norm(out - expected) / np.linalg.norm(expected))
+
+
+def describe(device: device_lib.Device) -> dict[str, Any]:
+    """What the results depend on: machine, versions, commit, date."""
+    packages = {"jax_attn": "jax-attn"} | {n: n for n in ("jax", "jaxlib", "torch", "onnxruntime")}
+    versions = {name: _version(package) for name, package in packages.items()}
+    return {
+        "device": device.description,
+        "platform": device.platform,
+        "cores": device.num_cores,
+        "load_per_core": device.load,
+        "versions": {"python": platform.python_version()} | versions,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def print_case(case: Case, rows: Sequence[dict[str, Any]]) -> None:
+    """Prints the table of a case."""
+    timed = [row for row in rows if row["status"] == "timed"]
+    ceiling = ""
+    if timed:
+        ceiling = f"; ceiling {timed[0]['ceiling_gb_per_s']:.1f} GB/s ({timed[0]['ceiling_by']})"
+    print(f"\n{case.name} ({case.model}): {case.num_bytes / 1e6:.1f} MB{ceiling}")
+    columns = ("median ms", "p10", "p90", "GB/s", "ceiling", "vs ours")
+    print(f"  {'':<18}" + "".join(f"{column:>11}" for column in columns))
+    for row in rows:
+        if row["status"] != "timed":
+            print(f"  {row['peer']:<18}  {row['status']}: {row['reason']}")
+            continue
+        ratio = row["ratio_to_ours"]
+        cells = [f"{row[name]:.4g}" for name in ("median_ms", "p10_ms", "p90_ms")]
+        cells += [f"{row['gb_per_s']:.1f}", f"{row['fraction_of_ceiling']:.1%}"]
+        cells += ["-" if ratio is None else f"{ratio:.2f}x"]
+        print(f"  {row['peer']:<18}" + "".join(f"{cell:>11}" for cell in cells), flush=True)
+
+
+def _identity(case: Case, peer: peers.Peer, num_sets: int) -> dict[str, Any]:
+    shape = (case.batch, case.query_len, case.num_q_heads, case.num_kv_heads)
+    return {
+        "case": case.name,
+        "model": case.model,
+        "peer": peer.name,
+        "title": peer.title,
+        "shape_btnksh": [*shape, case.context, case.head_dim],
+        "dtype": case.dtype,
+        "cache_dtype": case.stored_dtype,
+        "page_size": case.page_size,
+        "kv_len": case.kv_len,
+        "bytes": case.num_bytes,
+        "input_sets": num_sets,
+    }
+
+
+def _statistics(
+    samples: list[float], case: Case, ceiling: float, ours: list[float] | None
+) -> dict[str, Any]:
+    p10, median, p90 = (float(t) for t in np.percentile(samples, (10, 50, 90)))
+    return {
+        "samples": len(samples),
+        "median_ms": 1e3 * median,
+        "p10_ms": 1e3 * p10,
+        "p90_ms": 1e3 * p90,
+        "gb_per_s": case.num_bytes / median / 1e9,
+        "ceiling_gb_per_s": ceiling / 1e9,
+        "fraction_of_ceiling": case.num_bytes / median / ceiling,
+        "ratio_to_ours": None if ours is None else median / float(np.median(ours)),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    root = pathlib.Path(__file__).resolve().parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Times attention decode and its peers.")
+    parser.add_argument("--case", help="cases whose name contains this regular expression")
+    parser.add_argument("--peer", default="", help="implementations, likewise")
+    parser.add_argument("--json", help="write results to this file")
+    parser.add_argument("--plot", help="draw results to this file (.png or .svg)")
+    parser.add_argument("--quick", action="store_true", help="few samples, no large case")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

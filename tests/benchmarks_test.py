@@ -1,0 +1,84 @@
+# Copyright 2026 The jax_attn Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark program runs and reports what it should. No time is looked at."""
+
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+FOLDER = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def run(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    import run
+
+    yield run
+    # The folder is no package: its plain module names must not stay behind.
+    for path in FOLDER.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+def test_report_has_every_field(run, tmp_path, capsys):
+    path = tmp_path / "report.json"
+    peers = "^(ours_xla|xla_einsum|xla_multiply|jax_nn|onnxruntime)$"
+    status = run.main(["--case", "^smoke_f32$", "--peer", peers, "--json", str(path), "--quick"])
+    report = json.loads(path.read_text())
+    assert status == 0, report
+    header = report["header"]
+    assert header["device"] and header["commit"] and header["date"]
+    assert {"python", "jax", "jaxlib", "torch", "jax_attn"} <= header["versions"].keys()
+    rows = {row["peer"]: row for row in report["results"]}
+    assert {"ours_xla", "xla_einsum", "xla_multiply", "jax_nn"} <= rows.keys()
+    for row in rows.values():
+        assert row["status"] == "timed", row
+        assert row["case"] == "smoke_f32" and row["samples"] > 0
+        assert row["bytes"] == 4 * (2 * 2 * 50 * 2 * 32 + 2 * 2 * 4 * 32)
+        assert row["error"] < 1e-5
+        assert 0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"]
+        assert row["gb_per_s"] > 0 and row["ceiling_gb_per_s"] > 0
+        assert row["fraction_of_ceiling"] > 0 and row["ratio_to_ours"] is None
+    assert "smoke_f32" in capsys.readouterr().out
+
+
+def test_paged_and_quantised_caches_agree(run, tmp_path):
+    path = tmp_path / "report.json"
+    cases = "smoke_(page16|int8)"
+    assert run.main(["--case", cases, "--peer", "ours|einsum", "--json", str(path), "--quick"]) == 0
+    rows = json.loads(path.read_text())["results"]
+    assert {row["case"] for row in rows} == {"smoke_page16", "smoke_int8"}
+    assert {row["status"] for row in rows} <= {"timed", "missing"}
+
+
+def test_queued_calls_give_the_same_results(run):
+    # A GPU is timed by one program that does all input sets; it runs on CPU too.
+    (case,) = run.select("smoke_f32", None)
+    sets = [run.make_inputs(case, seed) for seed in range(3)]
+    queue = run.device_lib.Device("gpu", "", 1 << 20, 1)
+    (peer,) = [peer for peer in run.peers.PEERS if peer.name == "ours_xla"]
+    runner = peer.prepare(case, queue, sets)
+    outs = runner.calls[0]()
+    assert runner.steps == len(outs) == 3
+    for x, out in zip(sets, outs, strict=True):
+        expected = run.peers.ours(case, x, "xla")
+        assert run.relative_error(peer.output(out), np.asarray(expected)) < 1e-5
+
+
+def test_case_names_are_unique(run):
+    names = [case.name for case in run.CASES]
+    assert len(names) == len(set(names))
+
+
+def test_wrong_result_is_reported_and_not_timed(run, monkeypatch, tmp_path):
+    path = tmp_path / "report.json"
+    monkeypatch.setattr(run, "relative_error", lambda out, expected: 1.0)
+    status = run.main(
+        ["--case", "smoke_f32", "--peer", "xla_einsum", "--json", str(path), "--quick"]
+    )
+    (row,) = json.loads(path.read_text())["results"]
+    assert status == 1
+    assert row["status"] == "wrong" and "median_ms" not in row
