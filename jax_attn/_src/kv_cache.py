@@ -60,7 +60,7 @@ class PagedKVCache:
         """Returns a cache of zeros.
 
         Args:
-          num_pages: Pages in the pool (of each layer).
+          num_pages: Pages in the pool (of each layer); 0 is a pool without pages.
           page_size: Tokens in a page.
           num_kv_heads: Heads of keys and values.
           head_dim: Size of a key.
@@ -72,7 +72,7 @@ class PagedKVCache:
           v_scale: Scale of stored values.
 
         Raises:
-          ValueError: For a size below 1, or an unknown layout.
+          ValueError: For another size below 1, or an unknown layout.
           TypeError: For a dtype that no cache has.
         """
         op = "PagedKVCache.zeros"
@@ -81,18 +81,20 @@ class PagedKVCache:
             "page_size": page_size,
             "num_kv_heads": num_kv_heads,
             "head_dim": head_dim,
+            "v_head_dim": head_dim if v_head_dim is None else v_head_dim,
+            "num_layers": 1 if num_layers is None else num_layers,
         }
         for name, size in sizes.items():
             checks.check_at_least(op, name, size, 0 if name == "num_pages" else 1)
         checks.check_choice(op, "layout", layout, PAGE_LAYOUTS)
         if jnp.dtype(dtype) not in [jnp.dtype(d) for d in dtypes.CACHE_DTYPES]:
-            names = [jnp.dtype(d).name for d in dtypes.CACHE_DTYPES]
-            raise TypeError(f"{op}: dtype must be one of {', '.join(names)}, got {dtype}.")
+            names = ", ".join(jnp.dtype(d).name for d in dtypes.CACHE_DTYPES)
+            raise TypeError(f"{op}: dtype must be one of {names}, got {jnp.dtype(dtype).name}.")
         page = (page_size, num_kv_heads) if layout == "NHD" else (num_kv_heads, page_size)
         lead = (num_pages,) if num_layers is None else (num_layers, num_pages)
         return cls(
             k_pages=jnp.zeros((*lead, *page, head_dim), dtype),
-            v_pages=jnp.zeros((*lead, *page, v_head_dim or head_dim), dtype),
+            v_pages=jnp.zeros((*lead, *page, sizes["v_head_dim"]), dtype),
             k_scale=k_scale,
             v_scale=v_scale,
             layout=layout,
@@ -119,12 +121,13 @@ class PagedKVCache:
         return self.k_pages.shape[-2 if self.layout == "NHD" else -3]
 
     def slots(self, page_table: jax.Array, positions: jax.Array) -> jax.Array:
-        """Returns where tokens are stored: `page * page_size + offset`, or -1 for nowhere.
+        """Returns where tokens are stored: `page * page_size + offset`, or -1 for no slot.
 
         Args:
-          page_table: int32 `[batch, max_pages]`, page ids of each sequence in order.
+          page_table: int32 `[batch, max_pages]`, page ids of each sequence in order. A token of
+            a page outside the pool has no slot.
           positions: int32 `[batch, num_tokens]`, positions of tokens in their sequence. A
-            negative position, or one past the table, has no slot and gives -1.
+            negative position, or one past the table, has no slot.
 
         Returns:
           int32 `[batch, num_tokens]`.
@@ -144,5 +147,7 @@ class PagedKVCache:
         if dims["max_pages"] == 0:
             return jnp.full_like(positions, -1)
         pages = jnp.take_along_axis(page_table, jnp.where(inside, page_index, 0), axis=1)
+        # The product of another id could wrap around to a slot of another sequence.
+        inside &= (pages >= 0) & (pages < self.num_pages)
         slots = pages * self.page_size + positions % self.page_size
-        return jnp.where(inside & (pages >= 0), slots, -1)
+        return jnp.where(inside, slots, -1)

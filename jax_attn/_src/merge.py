@@ -47,7 +47,8 @@ def merge_attention(
         )
     dims = checks.Dims(op)
     for i in range(len(outs)):
-        checks.check_dtype(op, f"outs[{i}]", outs[i], dtypes.FLOAT_DTYPES)
+        accepted = dtypes.FLOAT_DTYPES if i == 0 else (outs[0].dtype,)
+        checks.check_dtype(op, f"outs[{i}]", outs[i], accepted)
         checks.check_dtype(op, f"lses[{i}]", lses[i], (jnp.float32,))
         dims.bind(f"outs[{i}]", outs[i], "batch query_len num_q_heads v_head_dim")
         dims.bind(f"lses[{i}]", lses[i], "batch query_len num_q_heads")
@@ -64,8 +65,7 @@ def merge_attention(
         dims.bind("sinks", sinks, "num_q_heads")
         sinks = sinks.astype(jnp.float32)[None, None, None, :]
         top = jnp.maximum(top, jax.lax.stop_gradient(sinks))
-    top = jnp.where(jnp.isfinite(top), top, 0)
-    weight = jnp.exp(lse - top)
+    weight = _exp_difference(lse, top)
     # An empty part may hold NaN from a kernel of someone else; its weight of 0 must win.
     weighted = jnp.where(weight[..., None] > 0, out.astype(jnp.float32), 0) * weight[..., None]
     total = jnp.sum(weight, axis=0, keepdims=True)
@@ -73,10 +73,18 @@ def merge_attention(
     if axis_name is not None:
         total, merged = jax.lax.psum((total, merged), axis_name)
     if sinks is not None:
-        total = total + jnp.exp(sinks - top)
+        total = total + _exp_difference(sinks, top)
     empty = total == 0
     total = jnp.where(empty, 1, total)
     return (
         (merged / total[0, ..., None]).astype(dtype),
         jnp.where(empty, -jnp.inf, top + jnp.log(total))[0],
     )
+
+
+def _exp_difference(logit: jax.Array, top: jax.Array) -> jax.Array:
+    """Returns exp(logit - top) for logit <= top, where inf - inf is 0 and -inf - -inf is -inf."""
+    difference = logit - jnp.where(jnp.isinf(top), 0, top)
+    # An infinite sink outweighs all finite parts.
+    of_infinite = jnp.where(jnp.isposinf(logit), 0.0, -jnp.inf)
+    return jnp.exp(jnp.where(jnp.isposinf(top), of_infinite, difference))

@@ -68,6 +68,7 @@ class PageAllocator:
 
         Raises:
           ValueError: If a page is not in use; nothing is changed then.
+          TypeError: If `pages` are not integers.
         """
         pages = self._in_use("share", pages)
         np.add.at(self._users, pages, 1)
@@ -81,6 +82,7 @@ class PageAllocator:
 
         Raises:
           ValueError: If a page has fewer users than are to be removed; nothing is changed then.
+          TypeError: If `pages` are not integers.
         """
         pages = self._in_use("free", pages)
         ids, removed = np.unique(pages, return_counts=True)
@@ -94,7 +96,11 @@ class PageAllocator:
             heapq.heappush(self._free, int(page))
 
     def _in_use(self, method: str, pages: np.ndarray) -> np.ndarray:
-        pages = np.asarray(pages, np.int32).reshape(-1)
+        pages = np.asarray(pages).reshape(-1)
+        if pages.size == 0:
+            return pages.astype(np.int32)  # an empty list is an array of floats
+        if pages.dtype.kind not in "iu":
+            raise TypeError(f"PageAllocator.{method}: `pages` must be integers, got {pages.dtype}.")
         outside = (pages < 0) | (pages >= len(self._users))
         if outside.any():
             raise ValueError(
@@ -104,4 +110,4 @@ class PageAllocator:
         idle = self._users[pages] == 0
         if idle.any():
             raise ValueError(f"PageAllocator.{method}: page {pages[idle][0]} is not in use.")
-        return pages
+        return pages.astype(np.int32)
