@@ -141,7 +141,8 @@ def main() -> None:
     device = jax.devices()[0].device_kind
     print(f"{train.size:,} bytes to train on, {held_out.size:,} held out, device {device}")
 
-    params = init_params(jax.random.key(args.seed), CONFIG)
+    init = jax.jit(init_params, static_argnames="config")
+    params = init(jax.random.key(args.seed), config=CONFIG)
     zeros = jax.tree.map(jnp.zeros_like, params)
     state = (params, (zeros, jax.tree.map(jnp.zeros_like, params)))
     run = make_train_calls(args, jnp.asarray(train), jnp.asarray(lines))
