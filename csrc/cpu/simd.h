@@ -46,6 +46,9 @@ typedef uint16_t U16 __attribute__((vector_size(2 * kLanes)));
 typedef uint8_t U8 __attribute__((vector_size(kLanes)));
 typedef int8_t I8 __attribute__((vector_size(kLanes)));
 
+// Loops over registers: unrolled whole, or the compiler leaves the registers in memory.
+#define JAX_ATTN_UNROLL _Pragma("GCC unroll 16")
+
 template <typename V>
 inline V LoadAs(const void* from) {
   V v;
@@ -89,6 +92,7 @@ inline F32 SumLanes(const F32* v) {
     return SumLanes<1, kDistance / 2>(folded);
   } else {
     F32 half[kCount / 2];
+    JAX_ATTN_UNROLL
     for (int i = 0; i < kCount / 2; ++i) half[i] = Exchange<kDistance>(v[i], v[i + kCount / 2]);
     return SumLanes<kCount / 2, kDistance / 2>(half);
   }

@@ -174,95 +174,131 @@ void HeadRows(const char* const* tokens, int64_t head_offset, const char** rows)
   }
 }
 
-inline void PrefetchRow(const char* row, int64_t bytes) {
-  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 3);
-}
+// Rows to fetch into the cache while others are computed with; null for none.
+struct Upcoming {
+  const char* const* rows = nullptr;
+  int64_t bytes = 0;  // of a row
 
-// Scores kRows rows of queries against the keys of a tile: s[r][j] = q[r] . k[j]. `upcoming` rows
-// (this tile's values) are prefetched meanwhile.
+  // Whether a cache line of the rows begins at `offset`.
+  bool HasLineAt(int64_t offset) const {
+    return rows != nullptr && offset % 64 == 0 && offset < bytes;
+  }
+  void Prefetch(int64_t j, int64_t offset) const { __builtin_prefetch(rows[j] + offset, 0, 3); }
+};
+
+// Scores kRows rows of queries against the keys of a tile: s[r][j] = q[r] . k[j].
 template <typename S, int kRows>
 void ScoreRows(const float* q, int64_t q_stride, const char* const* keys, int64_t num_keys,
-               int64_t head_dim, float* s, const char* const* upcoming, int64_t upcoming_bytes) {
+               int64_t head_dim, float* s, const Upcoming& upcoming) {
   // Sums stay in registers: 8 of 16, or 16 of 32.
   constexpr int kKeys = kRows == 4 && !kManyRegisters ? 2 : 4;
   constexpr int kSums = kRows * kKeys;
   using Element = typename S::Element;
+  constexpr int64_t kPairBytes = kPair * sizeof(Element);
   const int64_t whole = head_dim / kPair;
   const int rest = static_cast<int>(head_dim % kPair);
   for (int64_t j = 0; j < num_keys; j += kKeys) {
-    F32 sum[kSums] = {};
+    F32 sum[kSums];
     const Element* k[kKeys];
+    JAX_ATTN_UNROLL
+    for (int i = 0; i < kSums; ++i) sum[i] = F32{};
+    JAX_ATTN_UNROLL
     for (int i = 0; i < kKeys; ++i) k[i] = reinterpret_cast<const Element*>(keys[j + i]);
-    if (upcoming != nullptr) {
-      for (int i = 0; i < kKeys; ++i) PrefetchRow(upcoming[j + i], upcoming_bytes);
-    }
     for (int64_t c = 0; c < whole; ++c) {
       F32 a[kKeys], b[kKeys];
+      JAX_ATTN_UNROLL
       for (int i = 0; i < kKeys; ++i) S::LoadPair(k[i] + c * kPair, a[i], b[i]);
+      if (upcoming.HasLineAt(c * kPairBytes)) {
+        JAX_ATTN_UNROLL
+        for (int i = 0; i < kKeys; ++i) upcoming.Prefetch(j + i, c * kPairBytes);
+      }
+      JAX_ATTN_UNROLL
       for (int r = 0; r < kRows; ++r) {
         const F32 qa = Load(q + r * q_stride + c * kPair);
         const F32 qb = Load(q + r * q_stride + c * kPair + kLanes);
+        JAX_ATTN_UNROLL
         for (int i = 0; i < kKeys; ++i) sum[r * kKeys + i] += qa * a[i];
+        JAX_ATTN_UNROLL
         for (int i = 0; i < kKeys; ++i) sum[r * kKeys + i] += qb * b[i];
       }
     }
     if (rest != 0) {
+      JAX_ATTN_UNROLL
       for (int i = 0; i < kKeys; ++i) {
         F32 a, b;
         LoadPartialPair<S>(k[i] + whole * kPair, rest, a, b);
+        JAX_ATTN_UNROLL
         for (int r = 0; r < kRows; ++r) {
           const float* row = q + r * q_stride + whole * kPair;
-          sum[r * kKeys + i] += Load(row) * a + Load(row + kLanes) * b;
+          sum[r * kKeys + i] += Load(row) * a;
+          sum[r * kKeys + i] += Load(row + kLanes) * b;
         }
       }
     }
     constexpr int kAtOnce = kSums < kLanes ? kSums : kLanes;
-    float totals[kSums];
+    JAX_ATTN_UNROLL
     for (int first = 0; first < kSums; first += kAtOnce) {
-      const F32 lanes = SumLanes<kAtOnce>(sum + first);
-      for (int i = 0; i < kAtOnce; ++i) totals[first + i] = lanes[i * (kLanes / kAtOnce)];
-    }
-    for (int r = 0; r < kRows; ++r) {
-      for (int i = 0; i < kKeys; ++i) s[r * kTileKeys + j + i] = totals[r * kKeys + i];
+      const F32 totals = SumLanes<kAtOnce>(sum + first);
+      JAX_ATTN_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int r = (first + i) / kKeys, key = (first + i) % kKeys;
+        s[r * kTileKeys + j + key] = totals[i * (kLanes / kAtOnce)];
+      }
     }
   }
 }
 
-// Accumulates o[r] += sum over keys of p[r][j] * v[j]. `upcoming` rows (the next tile's keys) are
-// prefetched meanwhile.
+// Adds p[r][j] * v[j] over the keys to the sums of kRows rows, for one pair of vectors.
+template <typename S, int kRows, bool kWhole, bool kFetch>
+inline void AccumulatePair(const float* p, const char* const* values, int64_t num_keys,
+                           int64_t offset, int rest, F32* sum, const Upcoming& upcoming) {
+  F32 total[2 * kRows];
+  JAX_ATTN_UNROLL
+  for (int i = 0; i < 2 * kRows; ++i) total[i] = sum[i];
+  for (int64_t j = 0; j < num_keys; ++j) {
+    F32 a, b;
+    const auto* value = reinterpret_cast<const typename S::Element*>(values[j] + offset);
+    if constexpr (kWhole) {
+      S::LoadPair(value, a, b);
+    } else {
+      LoadPartialPair<S>(value, rest, a, b);
+    }
+    if constexpr (kFetch) upcoming.Prefetch(j, offset);
+    JAX_ATTN_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const F32 weight = Broadcast(p[r * kTileKeys + j]);
+      total[2 * r] += weight * a;
+      total[2 * r + 1] += weight * b;
+    }
+  }
+  JAX_ATTN_UNROLL
+  for (int i = 0; i < 2 * kRows; ++i) sum[i] = total[i];
+}
+
+// Accumulates o[r] += sum over keys of p[r][j] * v[j].
 template <typename S, int kRows>
 void AccumulateRows(const float* p, const char* const* values, int64_t num_keys,
-                    int64_t v_head_dim, float* o, int64_t o_stride) {
-  using Element = typename S::Element;
+                    int64_t v_head_dim, float* o, int64_t o_stride, const Upcoming& upcoming) {
   for (int64_t c = 0; c < v_head_dim; c += kPair) {
-    F32 sum[kRows][2];
+    F32 sum[2 * kRows];
+    JAX_ATTN_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      sum[r][0] = Load(o + r * o_stride + c);
-      sum[r][1] = Load(o + r * o_stride + c + kLanes);
+      sum[2 * r] = Load(o + r * o_stride + c);
+      sum[2 * r + 1] = Load(o + r * o_stride + c + kLanes);
     }
+    const int64_t offset = c * sizeof(typename S::Element);
     const int rest = static_cast<int>(v_head_dim - c);
-    const auto add = [&](int64_t j, F32 a, F32 b) {
-      for (int r = 0; r < kRows; ++r) {
-        const F32 weight = Broadcast(p[r * kTileKeys + j]);
-        sum[r][0] += weight * a;
-        sum[r][1] += weight * b;
-      }
-    };
-    F32 a, b;
-    if (rest >= kPair) {
-      for (int64_t j = 0; j < num_keys; ++j) {
-        S::LoadPair(reinterpret_cast<const Element*>(values[j]) + c, a, b);
-        add(j, a, b);
-      }
+    if (rest < kPair) {
+      AccumulatePair<S, kRows, false, false>(p, values, num_keys, offset, rest, sum, upcoming);
+    } else if (upcoming.HasLineAt(offset)) {
+      AccumulatePair<S, kRows, true, true>(p, values, num_keys, offset, rest, sum, upcoming);
     } else {
-      for (int64_t j = 0; j < num_keys; ++j) {
-        LoadPartialPair<S>(reinterpret_cast<const Element*>(values[j]) + c, rest, a, b);
-        add(j, a, b);
-      }
+      AccumulatePair<S, kRows, true, false>(p, values, num_keys, offset, rest, sum, upcoming);
     }
+    JAX_ATTN_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      Store(o + r * o_stride + c, sum[r][0]);
-      Store(o + r * o_stride + c + kLanes, sum[r][1]);
+      Store(o + r * o_stride + c, sum[2 * r]);
+      Store(o + r * o_stride + c + kLanes, sum[2 * r + 1]);
     }
   }
 }
@@ -369,7 +405,7 @@ void ScaleRow(float* row, int64_t padded_size, float factor) {
 
 // ---- Rows in and out
 
-float LoadElement(const void* data, DType dtype, int64_t i) {
+inline float LoadElement(const void* data, DType dtype, int64_t i) {
   switch (dtype) {
     case DType::kFloat32:
       return static_cast<const float*>(data)[i];
@@ -380,7 +416,7 @@ float LoadElement(const void* data, DType dtype, int64_t i) {
   }
 }
 
-void StoreElement(void* data, DType dtype, int64_t i, float x) {
+inline void StoreElement(void* data, DType dtype, int64_t i, float x) {
   switch (dtype) {
     case DType::kFloat32:
       static_cast<float*>(data)[i] = x;
@@ -462,9 +498,11 @@ void LoadQueries(const Sequence& seq, const Scratch& scratch) {
           batch_offset +
           (seq.QueryOf(row) * p.num_q_heads + seq.HeadOf(head, row)) * p.head_dim;
       for (int64_t i = 0; i < scratch.q_stride; ++i) to[i] = 0;
-      for (int64_t i = 0; i < p.head_dim; ++i) {
-        to[i / kPair * kPair + PairPosition<S>(i % kPair)] =
-            LoadElement(p.query, p.query_dtype, offset + i);
+      for (int64_t c = 0; c < p.head_dim; c += kPair) {
+        const int count = static_cast<int>(p.head_dim - c < kPair ? p.head_dim - c : kPair);
+        for (int i = 0; i < count; ++i) {
+          to[c + PairPosition<S>(i)] = LoadElement(p.query, p.query_dtype, offset + c + i);
+        }
       }
     }
   }
@@ -473,10 +511,10 @@ void LoadQueries(const Sequence& seq, const Scratch& scratch) {
 // The rows of one head against one tile, kRows at a time.
 template <typename S, int kRows>
 int64_t AttendRows(const Sequence& seq, const Scratch& scratch, const Tile& tile, int64_t head,
-                   int64_t first_row, const char* const* k, const char* const* v) {
+                   int64_t first_row, const char* const* k, const char* const* v,
+                   const char* const* next_k) {
   const SplitKvAttentionParams& p = seq.p;
   const int64_t local_head = head - seq.item.head_begin;
-  const int64_t v_bytes = p.v_head_dim * SizeOf(p.value.dtype);
   const int64_t padded_keys = (tile.num_keys + 7) / 8 * 8;
   int64_t row = first_row;
   for (; row + kRows <= scratch.rows; row += kRows) {
@@ -487,8 +525,14 @@ int64_t AttendRows(const Sequence& seq, const Scratch& scratch, const Tile& tile
         VisibleKeys(p, seq.length, seq.QueryOf(seq.item.rows.begin + row + kRows - 1));
     if (last.end <= tile.first_key || first.begin >= tile.first_key + tile.num_keys) continue;
     float* s = scratch.s + row * kTileKeys;
+    // The first rows bring in the values while they work on keys, and the other way round.
+    Upcoming values, keys;
+    if (row == 0) {
+      values = {v, p.v_head_dim * SizeOf(p.value.dtype)};
+      keys = {next_k, p.head_dim * SizeOf(p.key.dtype)};
+    }
     ScoreRows<S, kRows>(scratch.q + state_row * scratch.q_stride, scratch.q_stride, k, padded_keys,
-                        p.head_dim, s, row == 0 ? v : nullptr, v_bytes);
+                        p.head_dim, s, values);
     for (int64_t j = padded_keys; j < kTileKeys; ++j) {
       for (int r = 0; r < kRows; ++r) s[r * kTileKeys + j] = 0;
     }
@@ -512,7 +556,7 @@ int64_t AttendRows(const Sequence& seq, const Scratch& scratch, const Tile& tile
       }
     }
     AccumulateRows<S, kRows>(s, v, padded_keys, p.v_head_dim,
-                             scratch.o + state_row * scratch.o_stride, scratch.o_stride);
+                             scratch.o + state_row * scratch.o_stride, scratch.o_stride, keys);
   }
   return row;
 }
@@ -532,8 +576,9 @@ void FinishItem(const Sequence& seq, const Scratch& scratch) {
       float* ordered = item.partial != nullptr
                            ? item.partial + (head * scratch.rows + row) * partial_size
                            : buffer;
-      for (int64_t i = 0; i < p.v_head_dim; ++i) {
-        ordered[i] = o[i / kPair * kPair + PairPosition<S>(i % kPair)] * v_scale;
+      for (int64_t c = 0; c < p.v_head_dim; c += kPair) {
+        const int count = static_cast<int>(p.v_head_dim - c < kPair ? p.v_head_dim - c : kPair);
+        for (int i = 0; i < count; ++i) ordered[c + i] = o[c + PairPosition<S>(i)] * v_scale;
       }
       if (item.partial != nullptr) {
         ordered[p.v_head_dim] = state.top;
@@ -550,7 +595,6 @@ void Split(const SplitKvAttentionParams& p, const SplitItem& item) {
   const Sequence seq(p, item, LayerIndex(p, item.batch_index));
   const Scratch scratch(p, item);
   LoadQueries<S>(seq, scratch);
-  const int64_t k_bytes = p.head_dim * SizeOf(p.key.dtype);
   Tile tiles[2];
   int current = 0;
   PrepareTile(seq, item.keys.begin, tiles[0]);
@@ -559,20 +603,15 @@ void Split(const SplitKvAttentionParams& p, const SplitItem& item) {
     Tile& next = tiles[1 - current];
     PrepareTile(seq, tile.first_key + kTileKeys, next);
     for (int64_t head = item.head_begin; head < item.head_end; ++head) {
-      const char* k[kTileKeys];
-      const char* v[kTileKeys];
+      const bool last_head = head + 1 == item.head_end;
+      const char *k[kTileKeys], *v[kTileKeys], *next_k[kTileKeys];
       HeadRows(tile.k, head * seq.k.head_bytes, k);
       HeadRows(tile.v, head * seq.v.head_bytes, v);
-      const char* const* upcoming = head + 1 < item.head_end ? tile.k : next.k;
-      const int64_t upcoming_head = head + 1 < item.head_end ? head + 1 : item.head_begin;
-      int64_t row = AttendRows<S, 4>(seq, scratch, tile, head, 0, k, v);
-      row = AttendRows<S, 2>(seq, scratch, tile, head, row, k, v);
-      AttendRows<S, 1>(seq, scratch, tile, head, row, k, v);
-      for (int64_t j = 0; j < kTileKeys; ++j) {
-        if (upcoming[j] != nullptr) {
-          PrefetchRow(upcoming[j] + upcoming_head * seq.k.head_bytes, k_bytes);
-        }
-      }
+      HeadRows(last_head ? next.k : tile.k,
+               (last_head ? item.head_begin : head + 1) * seq.k.head_bytes, next_k);
+      int64_t row = AttendRows<S, 4>(seq, scratch, tile, head, 0, k, v, next_k);
+      row = AttendRows<S, 2>(seq, scratch, tile, head, row, k, v, next_k);
+      AttendRows<S, 1>(seq, scratch, tile, head, row, k, v, next_k);
     }
     current = 1 - current;
   }

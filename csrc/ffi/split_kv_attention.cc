@@ -204,8 +204,9 @@ class Reader {
                     "num_kv_heads that divides num_q_heads=" + std::to_string(p_.num_q_heads));
     }
     const Dimensions v_dims = value.dimensions();
-    bool agrees = v_dims.size() == dims.size() && v_dims[rank - 1] == p_.v_head_dim;
-    for (int64_t d = rank - core_rank; agrees && d < rank - 1; ++d) agrees = v_dims[d] == dims[d];
+    const int64_t v_rank = v_dims.size();
+    bool agrees = v_rank >= core_rank && v_dims[v_rank - 1] == p_.v_head_dim;
+    for (int64_t d = 2; agrees && d <= core_rank; ++d) agrees = v_dims[v_rank - d] == dims[rank - d];
     Expect("value", v_dims, agrees, "that of key, with v_head_dim of out");
     Expect("key", dims, dims[rank - 1] == p_.head_dim, "head_dim of query");
     if (!error_.empty()) return;

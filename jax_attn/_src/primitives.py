@@ -154,12 +154,12 @@ class Operation:
         batch: that would move data if the batch is sharded.
         """
         depth = max(
-            np.ndim(arg) - (dim is not batching.not_mapped) - self._rank(name, options)
+            np.ndim(arg) - (dim is not None) - self._rank(name, options)
             for name, arg, dim in zip(names, args, dims, strict=True)
         )
         mapped = []
         for name, arg, dim in zip(names, args, dims, strict=True):
-            if dim is not batching.not_mapped:
+            if dim is not None:
                 arg = jax.numpy.moveaxis(arg, dim, 0)
                 missing = depth + 1 + self._rank(name, options) - np.ndim(arg)
                 arg = lax.expand_dims(arg, range(1, 1 + missing))

@@ -78,7 +78,8 @@ class Call:
     def shardy_rule(self) -> tuple[str, dict[str, Any]]:
         """Returns the Shardy rule of the call: its text, and its special factors and sizes."""
         replicated: dict[str, None] = {}  # ordered: Shardy wants factors as they first appear
-        sizes: dict[str, int] = {}
+        in_products: set[str] = set()
+        whole: set[str] = set()
 
         def terms(arrays: Mapping[str, tuple[int, ...]]) -> str:
             return ", ".join(" ".join(dims(array)) for array in arrays)
@@ -91,15 +92,17 @@ class Call:
                     if not self._is_shardable(factor):
                         replicated[factor] = None
                 if len(factors) > 1:
-                    sizes.update({factor: self._size(factor) for factor in factors})
+                    in_products.update(factors)
                     texts.append(f"({' '.join(factors)})")
                 else:
+                    whole.add(factors[0])
                     texts.append(factors[0])
             return texts
 
         rule = f"{terms(self.operands)} -> {terms(self.results)}"
         special = {"need_replication_factors": tuple(replicated)} if replicated else {}
-        return rule, special | sizes
+        # The size of a factor that is a dimension by itself is known from there.
+        return rule, special | {factor: self._size(factor) for factor in in_products - whole}
 
     def _factors(self, array: str) -> list[list[str]]:
         """Names of each dimension of an array; none for a dimension of size 1."""

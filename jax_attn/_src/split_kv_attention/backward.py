@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_attn._src import primitives
 from jax_attn._src.split_kv_attention import reference as stages
 from jax_attn._src.split_kv_attention.problem import Operands, Options
 
@@ -84,15 +85,15 @@ def gradients(
             total[name] = chunk.add(name, total[name], part)
         return total, None
 
-    total = {
-        name: jnp.zeros(array.shape, jnp.float32)
-        for name, array in floating.items()
-        if name != "sinks"
-    }
     floating.pop("sinks", None)
+    # The carry of the scan must vary over the same manual mesh axes as what is added to it.
+    total = {
+        name: primitives.varying_alike(
+            {"zeros": jnp.zeros(array.shape, jnp.float32), "rows": row_d}
+        )["zeros"]
+        for name, array in floating.items()
+    }
     num_chunks = _Chunk.count(x, options)
-    # Ordinary arithmetic makes the carry vary over manual mesh axes as the updates do.
-    total = {name: array + 0 * jnp.sum(row_d) for name, array in total.items()}
     if num_chunks:
         total, _ = jax.lax.scan(chunk_gradients, total, jnp.arange(num_chunks, dtype=jnp.int32))
     if sinks is not None:
