@@ -146,3 +146,22 @@ def check_together(op: str, given: Mapping[str, Any]) -> None:
 def _one_of(names: Collection[str]) -> str:
     *head, last = names
     return f"{', '.join(head)} or {last}" if head else last
+
+
+def check_scale(dims: Dims, argument: str, scale: Any, specs: Collection[str]) -> None:
+    """Raises unless `scale` is None, or a float32 scalar or array described by one of `specs`.
+
+    Args:
+      dims: Dimensions of the call.
+      argument: Name of the argument.
+      scale: What the user gave.
+      specs: Shapes as for `Dims.bind`, each of another rank.
+    """
+    if scale is None:
+        return
+    check_dtype(dims.op, argument, scale, (jnp.float32,))
+    by_rank = {0: "", **{len(spec.split()): spec for spec in specs}}
+    if scale.ndim not in by_rank:
+        shapes = _one_of([f"[{', '.join(spec.split())}]" for spec in by_rank.values()])
+        raise ValueError(f"{dims.op}: `{argument}` must have shape {shapes}, got {scale.shape}.")
+    dims.bind(argument, scale, by_rank[scale.ndim])
