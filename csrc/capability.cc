@@ -39,8 +39,7 @@ std::string Refusal(std::string_view op, std::string_view platform, DType query_
   for (int64_t size : {head_dim, v_head_dim}) {
     if (size <= 0 || size % row->head_dim_multiple || size > row->max_head_dim) {
       return "head_dim " + std::to_string(size) + " is not a multiple of " +
-             std::to_string(row->head_dim_multiple) + " up to " +
-             std::to_string(row->max_head_dim);
+             std::to_string(row->head_dim_multiple) + " up to " + std::to_string(row->max_head_dim);
     }
   }
   if (num_batch_dims > kMaxBatchDims) {

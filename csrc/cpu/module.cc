@@ -152,9 +152,8 @@ NB_MODULE(_cpu, m) {
       nb::arg("op"), nb::kw_only(), nb::arg("query_dtype"), nb::arg("cache_dtype"),
       nb::arg("head_dim"), nb::arg("v_head_dim"), nb::arg("num_batch_dims"));
   m.def("split_kv_plan", &Plan, nb::kw_only(), nb::arg("batch"), nb::arg("query_len"),
-        nb::arg("num_q_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"),
-        nb::arg("v_head_dim"), nb::arg("kv_len"), nb::arg("heads_first"), nb::arg("num_splits"),
-        nb::arg("split_size"));
+        nb::arg("num_q_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("v_head_dim"),
+        nb::arg("kv_len"), nb::arg("heads_first"), nb::arg("num_splits"), nb::arg("split_size"));
 }
 
 }  // namespace jax_attn::cpu

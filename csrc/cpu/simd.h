@@ -70,10 +70,9 @@ template <int kDistance, int... kLane>
 inline F32 Exchange(F32 x, F32 y, std::integer_sequence<int, kLane...>) {
   // Lanes with bit kDistance clear come from x, the others from y; and each has its partner,
   // kDistance away in the same source, added.
-  const F32 own = __builtin_shufflevector(
-      x, y, (kLane & kDistance ? kLane + kLanes : kLane)...);
-  const F32 partner = __builtin_shufflevector(
-      x, y, ((kLane & kDistance ? kLane + kLanes : kLane) ^ kDistance)...);
+  const F32 own = __builtin_shufflevector(x, y, (kLane & kDistance ? kLane + kLanes : kLane)...);
+  const F32 partner =
+      __builtin_shufflevector(x, y, ((kLane & kDistance ? kLane + kLanes : kLane) ^ kDistance)...);
   return own + partner;
 }
 
@@ -158,8 +157,7 @@ inline F32 DecodeFinite(U32 bits) {
   const F32 normal = AsFloat((magnitude << (23 - kMantissaBits)) + ((127u - kBias) << 23));
   constexpr int kSmallest = 1 - kBias - kMantissaBits;  // exponent of the least subnormal
   const F32 smallest = AsFloat(U32{} + (static_cast<uint32_t>(127 + kSmallest) << 23));
-  const F32 subnormal =
-      __builtin_convertvector(reinterpret_cast<I32>(magnitude), F32) * smallest;
+  const F32 subnormal = __builtin_convertvector(reinterpret_cast<I32>(magnitude), F32) * smallest;
   const I32 is_subnormal = reinterpret_cast<I32>(magnitude) < (1 << kMantissaBits);
   return AsFloat(AsBits(Select(is_subnormal, subnormal, normal)) | sign);
 }
@@ -224,8 +222,7 @@ struct Storage<DType::kFloat16>
 #if defined(__AVX512F__)
     return reinterpret_cast<F32>(
         // The unmasked form trips -Wmaybe-uninitialized inside GCC's own header.
-        _mm512_maskz_cvtph_ps(0xffff,
-                              _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+        _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
 #elif defined(__F16C__)
     return reinterpret_cast<F32>(
         _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));

@@ -277,8 +277,8 @@ inline void AccumulatePair(const float* p, const char* const* values, int64_t nu
 
 // Accumulates o[r] += sum over keys of p[r][j] * v[j].
 template <typename S, int kRows>
-void AccumulateRows(const float* p, const char* const* values, int64_t num_keys,
-                    int64_t v_head_dim, float* o, int64_t o_stride, const Upcoming& upcoming) {
+void AccumulateRows(const float* p, const char* const* values, int64_t num_keys, int64_t v_head_dim,
+                    float* o, int64_t o_stride, const Upcoming& upcoming) {
   for (int64_t c = 0; c < v_head_dim; c += kPair) {
     F32 sum[2 * kRows];
     JAX_ATTN_UNROLL
@@ -431,7 +431,8 @@ inline void StoreElement(void* data, DType dtype, int64_t i, float x) {
 
 int64_t OutputRow(const SplitKvAttentionParams& p, int64_t batch_index, int64_t kv_head,
                   int64_t row) {
-  const int64_t query = row / p.group_size(), head = kv_head * p.group_size() + row % p.group_size();
+  const int64_t query = row / p.group_size(),
+                head = kv_head * p.group_size() + row % p.group_size();
   return (batch_index * p.query_len + query) * p.num_q_heads + head;
 }
 
@@ -495,8 +496,7 @@ void LoadQueries(const Sequence& seq, const Scratch& scratch) {
   for (int64_t head = item.head_begin; head < item.head_end; ++head) {
     for (int64_t row = item.rows.begin; row < item.rows.end; ++row, to += scratch.q_stride) {
       const int64_t offset =
-          batch_offset +
-          (seq.QueryOf(row) * p.num_q_heads + seq.HeadOf(head, row)) * p.head_dim;
+          batch_offset + (seq.QueryOf(row) * p.num_q_heads + seq.HeadOf(head, row)) * p.head_dim;
       for (int64_t i = 0; i < scratch.q_stride; ++i) to[i] = 0;
       for (int64_t c = 0; c < p.head_dim; c += kPair) {
         const int count = static_cast<int>(p.head_dim - c < kPair ? p.head_dim - c : kPair);

@@ -39,8 +39,7 @@ struct KeyRange {
 
 // Keys that a query may see by length, causality and window. The same for all heads.
 inline KeyRange VisibleKeys(const SplitKvAttentionParams& p, int64_t length, int64_t query) {
-  const int64_t position =
-      p.causal == Causal::kTopLeft ? query : length - p.query_len + query;
+  const int64_t position = p.causal == Causal::kTopLeft ? query : length - p.query_len + query;
   KeyRange keys{0, length};
   if (p.causal != Causal::kNone && position + 1 < keys.end) keys.end = position + 1;
   if (p.sliding_window != 0 && position - p.sliding_window + 1 > keys.begin) {

@@ -95,15 +95,13 @@ SplitPlan PlanSplits(const SplitKvAttentionParams& p, const SplitLayout& layout)
       plan.entries.push_back(entry);
     }
   }
-  const int64_t work_per_key =
-      p.num_kv_heads * layout.rows_per_block * (p.head_dim + p.v_head_dim);
+  const int64_t work_per_key = p.num_kv_heads * layout.rows_per_block * (p.head_dim + p.v_head_dim);
   plan.work = total_keys * work_per_key;
 
   const int64_t planned =
       layout.num_shares == 0
           ? p.kv_len + kTileKeys
-          : std::max(kMinPlannedSplit,
-                     RoundUp(CeilDiv(total_keys, layout.num_shares), kTileKeys));
+          : std::max(kMinPlannedSplit, RoundUp(CeilDiv(total_keys, layout.num_shares), kTileKeys));
   int64_t num_partials = 0;
   for (SplitEntry& entry : plan.entries) {
     KeyRange& keys = entry.keys;
@@ -112,15 +110,13 @@ SplitPlan PlanSplits(const SplitKvAttentionParams& p, const SplitLayout& layout)
       entry.split_size = p.split_size;
       entry.first_split_end = (keys.begin / p.split_size + 1) * p.split_size;
     } else {
-      entry.split_size = p.num_splits == 0
-                             ? planned
-                             : RoundUp(CeilDiv(keys.size(), p.num_splits), kTileKeys);
+      entry.split_size =
+          p.num_splits == 0 ? planned : RoundUp(CeilDiv(keys.size(), p.num_splits), kTileKeys);
       entry.first_split_end = keys.begin + entry.split_size;
     }
-    entry.num_splits =
-        keys.end <= entry.first_split_end
-            ? 1
-            : 1 + CeilDiv(keys.end - entry.first_split_end, entry.split_size);
+    entry.num_splits = keys.end <= entry.first_split_end
+                           ? 1
+                           : 1 + CeilDiv(keys.end - entry.first_split_end, entry.split_size);
     entry.first_item = plan.num_items;
     plan.num_items += entry.num_splits * layout.num_head_groups;
     if (entry.num_splits > 1) {

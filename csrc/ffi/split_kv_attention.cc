@@ -36,9 +36,8 @@ class Reader {
     });
     if (paged() && p_.page_table.data == nullptr) Fail("page_table is missing");
     if (!error_.empty()) return InvalidArgument(kOp, error_);
-    ForEachOperand(rest, [&](std::string_view name, ffi::AnyBuffer buffer) {
-      ReadOptional(name, buffer);
-    });
+    ForEachOperand(
+        rest, [&](std::string_view name, ffi::AnyBuffer buffer) { ReadOptional(name, buffer); });
     if (has_layers_ && p_.layer.data == nullptr) Fail("layer is missing");
     if (!error_.empty()) return InvalidArgument(kOp, error_);
     return ffi::Error::Success();
@@ -129,8 +128,7 @@ class Reader {
     const int64_t last = p_.batch.num_dims - (has_batch ? 1 : 2);  // what the operand's last is
     const int64_t num_batch = rank - core_rank;
     if (num_batch < (has_batch ? 1 : 0) || num_batch > last + 1) {
-      Expect(name, dims, false,
-             "at most " + std::to_string(last + 1 + core_rank) + " dimensions");
+      Expect(name, dims, false, "at most " + std::to_string(last + 1 + core_rank) + " dimensions");
       return batch;
     }
     for (int64_t i = 0; i < num_batch; ++i) {
@@ -206,7 +204,8 @@ class Reader {
     const Dimensions v_dims = value.dimensions();
     const int64_t v_rank = v_dims.size();
     bool agrees = v_rank >= core_rank && v_dims[v_rank - 1] == p_.v_head_dim;
-    for (int64_t d = 2; agrees && d <= core_rank; ++d) agrees = v_dims[v_rank - d] == dims[rank - d];
+    for (int64_t d = 2; agrees && d <= core_rank; ++d)
+      agrees = v_dims[v_rank - d] == dims[rank - d];
     Expect("value", v_dims, agrees, "that of key, with v_head_dim of out");
     Expect("key", dims, dims[rank - 1] == p_.head_dim, "head_dim of query");
     if (!error_.empty()) return;

@@ -4,8 +4,8 @@
 // The XLA call of split-KV attention, the same for every backend.
 //
 // Target "jax_attn_split_kv_attention". Arguments: those of the arrays below that the call has, in
-// this order; attribute `operands` names those after value, separated by commas. In front of the dimensions
-// given here each may have the dimensions of vmap, which broadcast as in NumPy.
+// this order; attribute `operands` names those after value, separated by commas. In front of the
+// dimensions given here each may have the dimensions of vmap, which broadcast as in NumPy.
 //
 //   query         [B, T, N, H] f32, bf16, f16
 //   key           [B, S, K, H], or pages [(L,) P, page_size, K, H] / [(L,) P, K, page_size, H]
@@ -38,14 +38,14 @@ struct SplitKvAttentionAttrs {
   std::string_view operands;
   std::string_view variant;  // kernel variant of the backend, empty for the best
   float scale;
-  int32_t causal;           // 0 none, 1 bottom_right, 2 top_left
-  int64_t sliding_window;   // 0: none
-  float logits_soft_cap;    // 0: none
-  int64_t num_splits;       // 0: planned
-  int64_t split_size;       // 0: planned
+  int32_t causal;          // 0 none, 1 bottom_right, 2 top_left
+  int64_t sliding_window;  // 0: none
+  float logits_soft_cap;   // 0: none
+  int64_t num_splits;      // 0: planned
+  int64_t split_size;      // 0: planned
   bool lse_includes_sinks;
-  int32_t page_layout;      // 0 dense, 1 NHD, 2 HND
-  int32_t k_scale_rank;     // dimensions of k_scale without those of vmap
+  int32_t page_layout;   // 0 dense, 1 NHD, 2 HND
+  int32_t k_scale_rank;  // dimensions of k_scale without those of vmap
   int32_t v_scale_rank;
 };
 
@@ -78,11 +78,10 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     jax_attn::SplitKvAttentionAttrs, xla::ffi::StructMember<std::string_view>("operands"),
     xla::ffi::StructMember<std::string_view>("variant"), xla::ffi::StructMember<float>("scale"),
     xla::ffi::StructMember<int32_t>("causal"), xla::ffi::StructMember<int64_t>("sliding_window"),
-    xla::ffi::StructMember<float>("logits_soft_cap"),
-    xla::ffi::StructMember<int64_t>("num_splits"), xla::ffi::StructMember<int64_t>("split_size"),
+    xla::ffi::StructMember<float>("logits_soft_cap"), xla::ffi::StructMember<int64_t>("num_splits"),
+    xla::ffi::StructMember<int64_t>("split_size"),
     xla::ffi::StructMember<bool>("lse_includes_sinks"),
-    xla::ffi::StructMember<int32_t>("page_layout"),
-    xla::ffi::StructMember<int32_t>("k_scale_rank"),
+    xla::ffi::StructMember<int32_t>("page_layout"), xla::ffi::StructMember<int32_t>("k_scale_rank"),
     xla::ffi::StructMember<int32_t>("v_scale_rank"));
 
 #endif  // JAX_ATTN_CSRC_FFI_SPLIT_KV_ATTENTION_H_

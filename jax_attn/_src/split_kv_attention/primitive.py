@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Split-KV attention as JAX sees it: result types, gradients, sharding and choice of kernel."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -197,11 +198,50 @@ def kernel_plan(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What `explain` tells of a call besides which implementation runs."""
+
+    op: str
+    bytes_moved: int
+    variant: str | None
+    num_splits: int | None
+
+
+def describe(
+    platform: str, avals: Mapping[str, Any], results: Sequence[Any], options: Options
+) -> Description:
+    """Describes a call on a platform; variant and splits only where it has kernels."""
+    query, key, value = (avals[name] for name in ("query", "key", "value"))
+    kv_len = key.shape[-3]
+    context_sizes = [math.prod(a.shape) * a.dtype.itemsize for a in (key, value)]
+    if options.page_layout is not None:
+        # What the page tables list, rather than the pool that sequences share.
+        token_axis = -2 if options.page_layout == "HND" else -3
+        kv_len = avals["page_table"].shape[-1] * key.shape[token_axis]
+        heads = key.shape[-3 if options.page_layout == "HND" else -2]
+        tokens = math.prod(query.shape[:-3]) * kv_len
+        context_sizes = [tokens * heads * a.shape[-1] * a.dtype.itemsize for a in (key, value)]
+    rows = sum(math.prod(a.shape) * a.dtype.itemsize for a in (query, *results))
+    module = registration.native_module(platform)
+    is_static = all(isinstance(size, int) for a in avals.values() for size in a.shape)
+    plan = kernel_plan(module, avals, results[0].shape, options) if module and is_static else {}
+    return Description(
+        op=_public_name(options),
+        bytes_moved=sum(context_sizes) + rows,
+        variant=(options.variant or module.variants()[0]) if module else None,
+        num_splits=plan.get("num_splits"),
+    )
+
+
+def _public_name(options: Options) -> str:
+    return "paged_attention" if options.page_layout is not None else NAME
+
+
 def _refuse_fallback(options: Options, platform: str, reason: str) -> None:
     if options.implementation == "native":
-        op = "paged_attention" if options.page_layout is not None else NAME
         raise NotImplementedError(
-            f'{op}: implementation="native" cannot be used on {platform}: {reason}. '
+            f'{_public_name(options)}: implementation="native" cannot be used on {platform}: {reason}. '
             "Use implementation=None to fall back to jax.numpy."
         )
 
