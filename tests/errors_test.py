@@ -202,7 +202,7 @@ DENSE = [
     (
         {"k_scale": zeros(2, 2)},
         ValueError,
-        "`k_scale` must have shape [] or one of [num_kv_heads], [batch, kv_len, num_kv_heads], "
+        "`k_scale` must have shape [], [num_kv_heads] or [batch, kv_len, num_kv_heads], "
         "got (2, 2).",
     ),
     (
@@ -294,13 +294,13 @@ PAGES = [
     (
         {"k_scale": zeros(3, 2)},
         ValueError,
-        "`cache.k_scale` must have shape [] or one of [num_kv_heads], "
+        "`cache.k_scale` must have shape [], [num_kv_heads] or "
         "[num_pages, page_size, num_kv_heads], got (3, 2).",
     ),
     (
         {"cache": LAYERS, "layer": 1, "k_scale": zeros(5, 4, 2)},
         ValueError,
-        "`cache.k_scale` must have shape [] or one of [num_kv_heads], [num_layers, num_kv_heads], "
+        "`cache.k_scale` must have shape [], [num_kv_heads], [num_layers, num_kv_heads] or "
         "[num_layers, num_pages, page_size, num_kv_heads], got (5, 4, 2).",
     ),
     (

@@ -88,11 +88,18 @@ struct Scale {
 
 // ---- One tile of keys
 
+// Keys that are worked on together, and where they are; null for a key that no row of any head of
+// the item sees.
 struct Tile {
   int64_t first_key = 0;
-  int64_t num_keys = 0;  // 0: no row sees any of it
-  bool hides_keys = false;
-  bool seen[kTileKeys];  // by any row of the block, valid if hides_keys
+  int64_t num_keys = 0;  // 0: there are no more
+  const char* k[kTileKeys];
+  const char* v[kTileKeys];
+};
+
+// The same for one head. Keys that none of its rows sees are zeros, whatever is stored.
+struct HeadTile {
+  bool seen[kTileKeys];
   const char* k[kTileKeys];
   const char* v[kTileKeys];
 };
@@ -125,52 +132,65 @@ struct Sequence {
   }
 };
 
-// Marks the keys of a tile that some row of some head of the item sees, by the boolean mask.
-void MarkMasked(const Sequence& s, Tile& tile) {
-  const int64_t heads = s.p.mask.head_stride == 0 ? 1 : s.item.head_end - s.item.head_begin;
-  bool any[kTileKeys] = {};
-  for (int64_t h = 0; h < heads; ++h) {
-    const uint8_t* previous = nullptr;
-    for (int64_t row = s.item.rows.begin; row < s.item.rows.end; ++row) {
-      const uint8_t* mask = s.MaskRow(s.item.head_begin + h, row);
-      if (mask == previous) continue;
-      previous = mask;
-      for (int64_t j = 0; j < tile.num_keys; ++j) any[j] |= mask[tile.first_key + j] != 0;
+// Adds to `seen` the keys of a tile that some row of a head sees, by the mask and everything else.
+void SeenThroughMask(const Sequence& s, int64_t kv_head, const Tile& tile, bool* seen) {
+  // Where all queries share a mask, the keys that some query sees otherwise are those of the item,
+  // without gaps, so one query stands for all. Where all heads share it, one row of each query.
+  const bool one_query = s.p.mask.query_stride == 0, one_head = s.p.mask.head_stride == 0;
+  for (int64_t row = s.item.rows.begin; row < s.item.rows.end; ++row) {
+    if (one_query && row - s.item.rows.begin >= (one_head ? 1 : s.group)) break;
+    if (one_head && row > s.item.rows.begin && s.QueryOf(row) == s.QueryOf(row - 1)) continue;
+    const uint8_t* mask = s.MaskRow(kv_head, row) + tile.first_key;
+    KeyRange keys = VisibleKeys(s.p, s.length, s.QueryOf(row));
+    if (one_query) keys = s.item.keys;
+    const int64_t first = keys.begin - tile.first_key, last = keys.end - tile.first_key;
+    for (int64_t j = first < 0 ? 0 : first; j < last && j < tile.num_keys; ++j) {
+      seen[j] |= mask[j] != 0;
     }
-  }
-  for (int64_t j = 0; j < tile.num_keys; ++j) {
-    tile.seen[j] &= any[j];
-    tile.hides_keys |= !tile.seen[j];
   }
 }
 
 // Finds the next tile at or after `key` with something to see, and the addresses of its keys.
 void PrepareTile(const Sequence& s, int64_t key, Tile& tile) {
-  tile.num_keys = 0;
-  for (; key < s.item.keys.end; key += kTileKeys) {
-    tile.first_key = key;
-    tile.hides_keys = false;
+  const bool masked = s.p.mask.data != nullptr;
+  const int64_t mask_heads_end =
+      s.p.mask.head_stride == 0 ? s.item.head_begin + 1 : s.item.head_end;
+  for (tile.num_keys = 0; key < s.item.keys.end; key += kTileKeys) {
     const int64_t rest = s.item.keys.end - key;
+    tile.first_key = key;
     tile.num_keys = rest < kTileKeys ? rest : kTileKeys;
-    for (bool& seen : tile.seen) seen = true;
-    if (s.p.mask.data == nullptr) break;
-    MarkMasked(s, tile);
+    bool seen[kTileKeys] = {};
+    for (int64_t head = s.item.head_begin; masked && head < mask_heads_end; ++head) {
+      SeenThroughMask(s, head, tile, seen);
+    }
     bool any = false;
-    for (int64_t j = 0; j < tile.num_keys; ++j) any |= tile.seen[j];
-    if (any) break;
+    for (int64_t j = 0; j < kTileKeys; ++j) {
+      const bool read = j < tile.num_keys && (!masked || seen[j]);
+      tile.k[j] = read ? s.k.Token(key + j) : nullptr;
+      tile.v[j] = read ? s.v.Token(key + j) : nullptr;
+      any |= read;
+    }
+    if (any) return;
     tile.num_keys = 0;
-  }
-  for (int64_t j = 0; j < kTileKeys; ++j) {
-    const bool read = j < tile.num_keys && tile.seen[j];
-    tile.k[j] = read ? s.k.Token(tile.first_key + j) : nullptr;
-    tile.v[j] = read ? s.v.Token(tile.first_key + j) : nullptr;
   }
 }
 
-// Addresses of one head's rows of a tile; rows that are not to be read point to zeros.
-void HeadRows(const char* const* tokens, int64_t head_offset, const char** rows) {
+void PrepareHead(const Sequence& s, const Tile& tile, int64_t head, HeadTile& out) {
+  const bool masked = s.p.mask.head_stride != 0;
+  bool through_mask[kTileKeys] = {};
+  if (masked) SeenThroughMask(s, head, tile, through_mask);
   for (int64_t j = 0; j < kTileKeys; ++j) {
-    rows[j] = tokens[j] == nullptr ? kZeroRow : tokens[j] + head_offset;
+    out.seen[j] = j < tile.num_keys && tile.k[j] != nullptr && (!masked || through_mask[j]);
+    out.k[j] = out.seen[j] ? tile.k[j] + head * s.k.head_bytes : kZeroRow;
+    out.v[j] = out.seen[j] ? tile.v[j] + head * s.v.head_bytes : kZeroRow;
+  }
+}
+
+// Addresses of a head's keys to come, for prefetching.
+void UpcomingKeys(const Sequence& s, const Tile& tile, int64_t head, const char** rows) {
+  for (int64_t j = 0; j < kTileKeys; ++j) {
+    const bool read = j < tile.num_keys && tile.k[j] != nullptr;
+    rows[j] = read ? tile.k[j] + head * s.k.head_bytes : kZeroRow;
   }
 }
 
@@ -319,7 +339,8 @@ void AddBias(const RowOperand& bias, int64_t offset, int64_t num_keys, float* s)
 }
 
 // Turns one row's dot products into logits in base 2; keys that the row does not see get -inf.
-void Logits(const Sequence& seq, const Tile& tile, int64_t kv_head, int64_t row, float* s) {
+void Logits(const Sequence& seq, const Tile& tile, const bool* seen, int64_t kv_head, int64_t row,
+            float* s) {
   const SplitKvAttentionParams& p = seq.p;
   const int64_t query = seq.QueryOf(row), head = seq.HeadOf(kv_head, row);
   const bool plain = p.logits_soft_cap == 0 && p.bias.data == nullptr &&
@@ -329,7 +350,7 @@ void Logits(const Sequence& seq, const Tile& tile, int64_t kv_head, int64_t row,
   if (!plain) {
     if (seq.k_scale.per_token()) {
       for (int64_t j = 0; j < tile.num_keys; ++j) {
-        if (tile.seen[j]) s[j] *= seq.k_scale.OfToken(seq.k, kv_head, tile.first_key + j);
+        if (seen[j]) s[j] *= seq.k_scale.OfToken(seq.k, kv_head, tile.first_key + j);
       }
     }
     if (p.logits_soft_cap != 0) {
@@ -511,8 +532,7 @@ void LoadQueries(const Sequence& seq, const Scratch& scratch) {
 // The rows of one head against one tile, kRows at a time.
 template <typename S, int kRows>
 int64_t AttendRows(const Sequence& seq, const Scratch& scratch, const Tile& tile, int64_t head,
-                   int64_t first_row, const char* const* k, const char* const* v,
-                   const char* const* next_k) {
+                   int64_t first_row, const HeadTile& keys, const char* const* next_k) {
   const SplitKvAttentionParams& p = seq.p;
   const int64_t local_head = head - seq.item.head_begin;
   const int64_t padded_keys = (tile.num_keys + 7) / 8 * 8;
@@ -526,19 +546,19 @@ int64_t AttendRows(const Sequence& seq, const Scratch& scratch, const Tile& tile
     if (last.end <= tile.first_key || first.begin >= tile.first_key + tile.num_keys) continue;
     float* s = scratch.s + row * kTileKeys;
     // The first rows bring in the values while they work on keys, and the other way round.
-    Upcoming values, keys;
+    Upcoming values, next_keys;
     if (row == 0) {
-      values = {v, p.v_head_dim * SizeOf(p.value.dtype)};
-      keys = {next_k, p.head_dim * SizeOf(p.key.dtype)};
+      values = {keys.v, p.v_head_dim * SizeOf(p.value.dtype)};
+      next_keys = {next_k, p.head_dim * SizeOf(p.key.dtype)};
     }
-    ScoreRows<S, kRows>(scratch.q + state_row * scratch.q_stride, scratch.q_stride, k, padded_keys,
-                        p.head_dim, s, values);
+    ScoreRows<S, kRows>(scratch.q + state_row * scratch.q_stride, scratch.q_stride, keys.k,
+                        padded_keys, p.head_dim, s, values);
     for (int64_t j = padded_keys; j < kTileKeys; ++j) {
       for (int r = 0; r < kRows; ++r) s[r * kTileKeys + j] = 0;
     }
     for (int r = 0; r < kRows; ++r) {
       float* weights = s + r * kTileKeys;
-      Logits(seq, tile, head, seq.item.rows.begin + row + r, weights);
+      Logits(seq, tile, keys.seen, head, seq.item.rows.begin + row + r, weights);
       float* stored = scratch.states + 2 * (state_row + r);
       RowState state{stored[0], stored[1]};
       const float rescale = Normalise(weights, state);
@@ -555,8 +575,8 @@ int64_t AttendRows(const Sequence& seq, const Scratch& scratch, const Tile& tile
         }
       }
     }
-    AccumulateRows<S, kRows>(s, v, padded_keys, p.v_head_dim,
-                             scratch.o + state_row * scratch.o_stride, scratch.o_stride, keys);
+    AccumulateRows<S, kRows>(s, keys.v, padded_keys, p.v_head_dim,
+                             scratch.o + state_row * scratch.o_stride, scratch.o_stride, next_keys);
   }
   return row;
 }
@@ -604,14 +624,13 @@ void Split(const SplitKvAttentionParams& p, const SplitItem& item) {
     PrepareTile(seq, tile.first_key + kTileKeys, next);
     for (int64_t head = item.head_begin; head < item.head_end; ++head) {
       const bool last_head = head + 1 == item.head_end;
-      const char *k[kTileKeys], *v[kTileKeys], *next_k[kTileKeys];
-      HeadRows(tile.k, head * seq.k.head_bytes, k);
-      HeadRows(tile.v, head * seq.v.head_bytes, v);
-      HeadRows(last_head ? next.k : tile.k,
-               (last_head ? item.head_begin : head + 1) * seq.k.head_bytes, next_k);
-      int64_t row = AttendRows<S, 4>(seq, scratch, tile, head, 0, k, v, next_k);
-      row = AttendRows<S, 2>(seq, scratch, tile, head, row, k, v, next_k);
-      AttendRows<S, 1>(seq, scratch, tile, head, row, k, v, next_k);
+      HeadTile head_tile;
+      PrepareHead(seq, tile, head, head_tile);
+      const char* next_k[kTileKeys];
+      UpcomingKeys(seq, last_head ? next : tile, last_head ? item.head_begin : head + 1, next_k);
+      int64_t row = AttendRows<S, 4>(seq, scratch, tile, head, 0, head_tile, next_k);
+      row = AttendRows<S, 2>(seq, scratch, tile, head, row, head_tile, next_k);
+      AttendRows<S, 1>(seq, scratch, tile, head, row, head_tile, next_k);
     }
     current = 1 - current;
   }

@@ -151,3 +151,33 @@ class PagedKVCache:
         inside &= (pages >= 0) & (pages < self.num_pages)
         slots = pages * self.page_size + positions % self.page_size
         return jnp.where(inside, slots, -1)
+
+
+def check_cache(dims: checks.Dims, cache: Any, layer: Any) -> jax.Array | None:
+    """Checks argument `cache` of an operation, and `layer` with it.
+
+    Args:
+      dims: Dimensions of the call; those of the cache are bound.
+      cache: What the user gave.
+      layer: What the user gave.
+
+    Returns:
+      The layer as an int32 scalar, None for a cache without layers.
+    """
+    op = dims.op
+    if not isinstance(cache, PagedKVCache):
+        raise TypeError(f"{op}: `cache` must be a PagedKVCache, got {type(cache).__name__}.")
+    checks.check_choice(op, "cache.layout", cache.layout, PAGE_LAYOUTS)
+    checks.check_dtype(op, "cache.k_pages", cache.k_pages, dtypes.CACHE_DTYPES)
+    checks.check_dtype(op, "cache.v_pages", cache.v_pages, (cache.k_pages.dtype,))
+    layer = checks.check_layer(op, cache.k_pages, layer)
+    page = "page_size num_kv_heads" if cache.layout == "NHD" else "num_kv_heads page_size"
+    pages = f"num_pages {page}" if layer is None else f"num_layers num_pages {page}"
+    dims.bind("cache.k_pages", cache.k_pages, f"{pages} head_dim")
+    dims.bind("cache.v_pages", cache.v_pages, f"{pages} v_head_dim")
+    for name in ("page_size", "num_kv_heads", "head_dim", "v_head_dim"):
+        checks.check_at_least(op, f"{name} of `cache`", dims[name], 1)
+    scales = ["num_kv_heads", *([] if layer is None else ["num_layers num_kv_heads"]), pages]
+    checks.check_scale(dims, "cache.k_scale", cache.k_scale, scales)
+    checks.check_scale(dims, "cache.v_scale", cache.v_scale, scales)
+    return layer

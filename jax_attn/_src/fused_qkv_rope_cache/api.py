@@ -12,10 +12,10 @@ import numpy as np
 from jax_attn._src import checks, dtypes
 from jax_attn._src.fused_qkv_rope_cache import reference
 from jax_attn._src.fused_qkv_rope_cache.problem import GATE_LAYOUTS, GateLayout, Operands, Options
-from jax_attn._src.kv_cache import PAGE_LAYOUTS, PagedKVCache
+from jax_attn._src.implementation import IMPLEMENTATIONS, Implementation
+from jax_attn._src.kv_cache import PagedKVCache, check_cache
 from jax_attn._src.qk_norm import NORM_SCOPES, WEIGHT_OFFSETS, QKNorm
 from jax_attn._src.rope import TABLE_WIDTHS, Rope
-from jax_attn._src.split_kv_attention.problem import IMPLEMENTATIONS, Implementation
 
 
 @jax.tree_util.register_dataclass
@@ -99,16 +99,13 @@ def fused_qkv_rope_cache(
     """
     op = "fused_qkv_rope_cache"
     dims = checks.Dims(op)
-    if not isinstance(cache, PagedKVCache):
-        raise TypeError(f"{op}: `cache` must be a PagedKVCache, got {type(cache).__name__}.")
-    checks.check_choice(op, "cache.layout", cache.layout, PAGE_LAYOUTS)
     checks.check_choice(op, "gate", gate, GATE_LAYOUTS)
     checks.check_choice(op, "implementation", implementation, IMPLEMENTATIONS)
     checks.check_at_least(op, "num_q_heads", num_q_heads, 1)
     dims.set("num_q_heads", int(num_q_heads), "the argument")
     checks.check_dtype(op, "qkv", qkv, dtypes.FLOAT_DTYPES)
     dims.bind("qkv", qkv, "tokens columns")
-    layer = _check_cache(dims, cache, layer)
+    layer = check_cache(dims, cache, layer)
     _check_columns(dims, qkv, gated=gate is not None)
     checks.check_dtype(op, "slot_mapping", slot_mapping, (jnp.int32, jnp.int64))
     dims.bind("slot_mapping", slot_mapping, "tokens")
@@ -154,24 +151,6 @@ def _as_slots(slot_mapping: Any) -> jax.Array:
         largest = np.iinfo(jax.dtypes.canonicalize_dtype(slot_mapping.dtype)).max
         slot_mapping = np.clip(slot_mapping, -1, largest)
     return jnp.asarray(slot_mapping)
-
-
-def _check_cache(dims: checks.Dims, cache: PagedKVCache, layer: Any) -> jax.Array | None:
-    """Binds the dimensions of the cache; returns the layer as an array."""
-    op = dims.op
-    checks.check_dtype(op, "cache.k_pages", cache.k_pages, dtypes.CACHE_DTYPES)
-    checks.check_dtype(op, "cache.v_pages", cache.v_pages, (cache.k_pages.dtype,))
-    layer = checks.check_layer(op, cache.k_pages, layer)
-    page = "page_size num_kv_heads" if cache.layout == "NHD" else "num_kv_heads page_size"
-    pages = f"num_pages {page}" if layer is None else f"num_layers num_pages {page}"
-    dims.bind("cache.k_pages", cache.k_pages, f"{pages} head_dim")
-    dims.bind("cache.v_pages", cache.v_pages, f"{pages} v_head_dim")
-    for name in ("page_size", "num_kv_heads", "head_dim", "v_head_dim"):
-        checks.check_at_least(op, f"{name} of `cache`", dims[name], 1)
-    scales = ["num_kv_heads", *([] if layer is None else ["num_layers num_kv_heads"]), pages]
-    checks.check_scale(dims, "cache.k_scale", cache.k_scale, scales)
-    checks.check_scale(dims, "cache.v_scale", cache.v_scale, scales)
-    return layer
 
 
 def _check_columns(dims: checks.Dims, qkv: jax.Array, gated: bool) -> None:

@@ -7,17 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_attn._src import checks, dtypes
-from jax_attn._src.kv_cache import PAGE_LAYOUTS, PagedKVCache
+from jax_attn._src import checks, dtypes, kv_cache
+from jax_attn._src.implementation import IMPLEMENTATIONS, Implementation
+from jax_attn._src.kv_cache import PagedKVCache
 from jax_attn._src.split_kv_attention import primitive
-from jax_attn._src.split_kv_attention.problem import (
-    CAUSAL,
-    IMPLEMENTATIONS,
-    Causal,
-    Implementation,
-    Operands,
-    Options,
-)
+from jax_attn._src.split_kv_attention.problem import CAUSAL, Causal, Operands, Options
 
 
 def split_kv_attention(
@@ -82,8 +76,8 @@ def split_kv_attention(
       split_size: Keys of a split, instead of `num_splits`; makes the result of a sequence
         independent of the rest of its batch. With neither, splits are planned from the problem.
       return_lse: Also return the log-sum-exp of the logits.
-      lse_includes_sinks: Whether the returned lse counts the sinks; False to merge results with
-        `merge_attention` and count them there.
+      lse_includes_sinks: Whether the returned lse counts the sinks, as the output always does. To
+        merge parts of a context, compute them without sinks and give those to `merge_attention`.
       implementation: "native" for the compiled kernel or an error, "xla" for the jax.numpy
         reference, None for the kernel where there is one.
 
@@ -106,6 +100,8 @@ def split_kv_attention(
     dims.bind("query", query, "batch query_len num_q_heads head_dim")
     dims.bind("key", key, "batch kv_len num_kv_heads head_dim")
     dims.bind("value", value, "batch kv_len num_kv_heads v_head_dim")
+    for name, array in {"k_scale": k_scale, "v_scale": v_scale}.items():
+        checks.check_scale(dims, name, array, ["num_kv_heads", "batch kv_len num_kv_heads"])
     operands = Operands(
         query=query,
         key=key,
@@ -115,8 +111,8 @@ def split_kv_attention(
         kv_lengths=kv_lengths,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
-        k_scale=_scale(dims, "k_scale", k_scale, ["num_kv_heads", "batch kv_len num_kv_heads"]),
-        v_scale=_scale(dims, "v_scale", v_scale, ["num_kv_heads", "batch kv_len num_kv_heads"]),
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
     return _attend(
         dims,
@@ -194,26 +190,15 @@ def paged_attention(
       NotImplementedError: If `implementation="native"` and there is no kernel for the case.
     """
     op = "paged_attention"
-    if not isinstance(cache, PagedKVCache):
-        raise TypeError(f"{op}: `cache` must be a PagedKVCache, got {type(cache).__name__}.")
-    checks.check_choice(op, "cache.layout", cache.layout, PAGE_LAYOUTS)
     dims = checks.Dims(op)
     checks.check_dtype(op, "query", query, dtypes.FLOAT_DTYPES)
-    checks.check_dtype(op, "cache.k_pages", cache.k_pages, dtypes.CACHE_DTYPES)
-    checks.check_dtype(op, "cache.v_pages", cache.v_pages, (cache.k_pages.dtype,))
     dims.bind("query", query, "batch query_len num_q_heads head_dim")
-    layer = checks.check_layer(op, cache.k_pages, layer)
-    page = "page_size num_kv_heads" if cache.layout == "NHD" else "num_kv_heads page_size"
-    pages = f"num_layers num_pages {page}" if layer is not None else f"num_pages {page}"
-    dims.bind("cache.k_pages", cache.k_pages, f"{pages} head_dim")
-    dims.bind("cache.v_pages", cache.v_pages, f"{pages} v_head_dim")
+    layer = kv_cache.check_cache(dims, cache, layer)
     checks.check_dtype(op, "page_table", page_table, (jnp.int32,))
     dims.bind("page_table", page_table, "batch max_pages")
     if dims["num_pages"] == 0 and dims["max_pages"] > 0:
         raise ValueError(f"{op}: `cache` has no pages, but `page_table` has max_pages > 0.")
     dims.set("kv_len", dims["max_pages"] * dims["page_size"], "`page_table` times page_size")
-    per_layer = ["num_layers num_kv_heads"] if layer is not None else []
-    scales = ["num_kv_heads", *per_layer, pages]
     operands = Operands(
         query=query,
         key=cache.k_pages,
@@ -225,8 +210,8 @@ def paged_attention(
         layer=layer,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
-        k_scale=_scale(dims, "cache.k_scale", cache.k_scale, scales),
-        v_scale=_scale(dims, "cache.v_scale", cache.v_scale, scales),
+        k_scale=cache.k_scale,
+        v_scale=cache.v_scale,
     )
     return _attend(
         dims,
@@ -291,22 +276,3 @@ def _attend(dims: checks.Dims, x: Operands, return_lse: bool, *, scale: Any, **o
         ),
     )
     return (out, lse) if return_lse else out
-
-
-def _scale(
-    dims: checks.Dims, argument: str, scale: jax.Array | None, specs: list[str]
-) -> jax.Array | None:
-    """Checks a dequantisation scale: a scalar, or an array described by one of `specs`."""
-    if scale is None:
-        return None
-    checks.check_dtype(dims.op, argument, scale, (jnp.float32,))
-    if scale.ndim == 0:
-        return scale
-    by_rank = {len(spec.split()): spec for spec in specs}
-    if scale.ndim not in by_rank:
-        shapes = ", ".join(f"[{', '.join(spec.split())}]" for spec in specs)
-        raise ValueError(
-            f"{dims.op}: `{argument}` must have shape [] or one of {shapes}, got {scale.shape}."
-        )
-    dims.bind(argument, scale, by_rank[scale.ndim])
-    return scale

@@ -51,8 +51,7 @@ def gradients(
         visible = stages.visible_keys(x, options, positions, mask) & fresh[None, None, None, :]
 
         def key_logits(taken: dict[str, jax.Array]) -> jax.Array:
-            key = chunk.context("key", "k_scale", taken)
-            key = stages.clear_unseen(key, visible)
+            key = chunk.context("key", "k_scale", taken, visible)
             return stages.logits(
                 taken["query"],
                 key,
@@ -64,14 +63,15 @@ def gradients(
             )
 
         def values(taken: dict[str, jax.Array]) -> jax.Array:
-            return stages.clear_unseen(chunk.context("value", "v_scale", taken), visible)
+            return chunk.context("value", "v_scale", taken, visible)
 
         s, pull_logits = jax.vjp(key_logits, taken)
         value, pull_values = jax.vjp(values, taken)
         s = jnp.where(visible, s, -jnp.inf)
         p = stages.exp_difference(s, full_lse[..., None])
         high = jax.lax.Precision.HIGHEST
-        grouped = dout.reshape(*dout.shape[:2], value.shape[2], -1, dout.shape[-1])
+        b, t, n, h = dout.shape
+        grouped = dout.reshape(b, t, value.shape[2], n // value.shape[2], h)
         dp = jnp.einsum("btkgh,bskh->bkgts", grouped, value, precision=high).reshape(s.shape)
         dvalue = jnp.einsum(
             "bkgts,btkgh->bskh", stages.split_heads(p, value), grouped, precision=high
@@ -161,19 +161,27 @@ class _Chunk:
             return total.at[self._page_index()].add(part, mode="clip")
         return total + part
 
-    def context(self, stored: str, scale: str, taken: dict[str, jax.Array]) -> jax.Array:
-        """Dequantised keys or values of the chunk, `[B, S, K, H]`."""
+    def context(
+        self, stored: str, scale: str, taken: dict[str, jax.Array], visible: jax.Array
+    ) -> jax.Array:
+        """Dequantised keys or values of the chunk, `[B, S, K, H]`, zero where nothing sees them.
+
+        Cleared before they are multiplied: each factor is in the gradient of the other, and a
+        gradient of 0 times NaN is not 0.
+        """
         array = taken.get(stored)
         if array is None:  # an integer format, which has no gradient
             array = self.take(stored, getattr(self._x, stored))
         factor = taken.get(scale)
         if self._has_pages(stored):
             array = self._flatten_pages(array)
-        if factor is not None and self._has_pages(scale):
-            factor = self._flatten_pages(factor[..., None])[..., 0]
-        elif factor is not None and 1 <= factor.ndim <= 2:
+        if factor is not None and self._options.rank(scale) == self._options.rank(stored) - 1:
+            factor = factor[..., None]
+            factor = self._flatten_pages(factor) if self._has_pages(scale) else factor
+            factor = stages.clear_unseen(factor, visible)[..., 0]
+        elif factor is not None and factor.ndim:
             factor = (factor[self._x.layer] if factor.ndim == 2 else factor)[None, None, :]
-        return stages.dequantize(array, factor)
+        return stages.dequantize(stages.clear_unseen(array, visible), factor)
 
     def _key_axis(self, name: str) -> int | None:
         if name in ("bias", "mask"):

@@ -38,8 +38,8 @@ _DENSE = {
     "lse": "batch query_len (kv_head group)",
 }
 _PAGES = {
-    "NHD": "page slot kv_head",
-    "HND": "page kv_head slot",
+    "NHD": "layer_index page slot kv_head",
+    "HND": "layer_index page kv_head slot",
 }
 
 
@@ -115,7 +115,7 @@ def _call(
     arrays = dict(_DENSE)
     if options.page_layout is not None:
         pages = _PAGES[options.page_layout].removeprefix(
-            "" if options.has_layers else "layer_index"
+            "" if options.has_layers else "layer_index "
         )
         arrays |= {"key": f"{pages} head_dim", "value": f"{pages} v_head_dim"}
     for name in ("k_scale", "v_scale"):
@@ -241,7 +241,8 @@ def _public_name(options: Options) -> str:
 def _refuse_fallback(options: Options, platform: str, reason: str) -> None:
     if options.implementation == "native":
         raise NotImplementedError(
-            f'{_public_name(options)}: implementation="native" cannot be used on {platform}: {reason}. '
+            f'{_public_name(options)}: implementation="native" cannot be used on {platform}: '
+            f"{reason}. "
             "Use implementation=None to fall back to jax.numpy."
         )
 

@@ -7,13 +7,12 @@ from typing import Literal
 
 import jax
 
+from jax_attn._src.implementation import Implementation
 from jax_attn._src.kv_cache import PageLayout
 
 Causal = Literal["bottom_right", "top_left"]
-Implementation = Literal["native", "xla"]
 
 CAUSAL: tuple[Causal | None, ...] = ("bottom_right", "top_left", None)
-IMPLEMENTATIONS: tuple[Implementation | None, ...] = ("native", "xla", None)
 
 
 @jax.tree_util.register_dataclass

@@ -36,24 +36,24 @@ def reference(x: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
     out = jnp.einsum(
         "bkgts,bskh->btkgh", split_heads(p, key), value, precision=jax.lax.Precision.HIGHEST
     )
-    out = out.reshape(*out.shape[:2], -1, out.shape[-1])  # [B, T, N, Hv]
-    scale_out = jnp.where(denominator > 0, 1 / jnp.where(denominator > 0, denominator, 1), 0)
+    out = out.reshape(*x.query.shape[:3], value.shape[-1])  # [B, T, N, Hv]
+    scale_out = jnp.where(denominator == 0, 0, 1 / jnp.where(denominator == 0, 1, denominator))
     out = out * jnp.swapaxes(scale_out, 1, 2)[..., None]
 
     if not options.lse_includes_sinks:
         top_with_sinks, denominator = top, jnp.sum(exp_difference(s, top[..., None]), axis=-1)
-    lse = jnp.where(denominator > 0, top_with_sinks + jnp.log(denominator), -jnp.inf)
+    lse = jnp.where(denominator == 0, -jnp.inf, top_with_sinks + jnp.log(denominator))
     return out.astype(x.query.dtype), jnp.swapaxes(lse, 1, 2)
 
 
 def exp_difference(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns exp(a - b) for a <= b, where infinite arguments that are equal give 1 or 0.
+    """Returns exp(a - b) for a <= b: 0 if b is -inf, and 0 or 1 if b is inf.
 
     A maximum of -inf belongs to a row without visible keys, whose terms are all 0.
     """
-    equal = jnp.where(jnp.isneginf(a), 0.0, 1.0)
-    finite = jnp.isfinite(b)
-    return jnp.where(finite, jnp.exp(a - jnp.where(finite, b, 0)), jnp.where(a == b, equal, 0.0))
+    infinite = jnp.isinf(b)
+    equal = jnp.where(a == jnp.inf, 1.0, 0.0)
+    return jnp.where(infinite, equal, jnp.exp(a - jnp.where(infinite, 0, b)))
 
 
 def max_context(x: Operands, options: Options) -> int:
@@ -122,7 +122,8 @@ def gather_pages(pages: jax.Array, x: Operands) -> jax.Array:
     if x.layer is not None:
         pages = jax.lax.dynamic_index_in_dim(pages, x.layer, keepdims=False)
     gathered = jnp.take(pages, x.page_table, axis=0, mode="clip")
-    return gathered.reshape(gathered.shape[0], -1, *gathered.shape[3:])
+    b, pages_per_sequence, page_size, *rest = gathered.shape
+    return gathered.reshape(b, pages_per_sequence * page_size, *rest)
 
 
 def dequantize(stored: jax.Array, scale: jax.Array | None) -> jax.Array:
@@ -143,7 +144,7 @@ def split_heads(per_query_head: jax.Array, context: jax.Array) -> jax.Array:
     """Splits `[B, N or 1, T, S]` into `[B, K or 1, G, T, S]`."""
     b, n, t, s = per_query_head.shape
     k = context.shape[2] if n != 1 else 1
-    return per_query_head.reshape(b, k, n // k if k else 1, t, s)
+    return per_query_head.reshape(b, k, n // k, t, s)
 
 
 def logits(
@@ -158,7 +159,7 @@ def logits(
     """Returns `cap(scale * query . key) + bias - slope * distance`, float32 `[B, N, T, S]`."""
     b, t, n, h = query.shape
     k = key.shape[2]
-    grouped = query.astype(jnp.float32).reshape(b, t, k, n // k if k else 0, h)
+    grouped = query.astype(jnp.float32).reshape(b, t, k, n // k, h)
     s = jnp.einsum("btkgh,bskh->bkgts", grouped, key, precision=jax.lax.Precision.HIGHEST)
     s = s.reshape(b, n, t, key.shape[1]) * options.scale
     if options.logits_soft_cap is not None:
