@@ -13,7 +13,7 @@
 namespace jax_attn::cpu {
 
 // Keys that are scored, normalised and accumulated together.
-inline constexpr int64_t kTileKeys = 64;
+inline constexpr int64_t kTileKeys = 32;
 
 // The largest head_dim in the capability table.
 inline constexpr int64_t kMaxHeadDim = 512;

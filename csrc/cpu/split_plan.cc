@@ -17,7 +17,7 @@ constexpr int64_t kScratchFloats = 64 * 1024;
 // Planned splits are so many times the threads, for balance when lengths differ or a thread is
 // late, and not below so many keys, so that merging stays a small part.
 constexpr int64_t kItemsPerThread = 4;
-constexpr int64_t kMinPlannedSplit = 4 * kTileKeys;
+constexpr int64_t kMinPlannedSplit = 256;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
