@@ -128,6 +128,8 @@ inline F32 Exp2(F32 x) {
   return Select(x < -126.0f, F32{}, p * AsFloat(exponent));
 }
 
+inline float Exp2(float x) { return Exp2(Broadcast(x))[0]; }
+
 // tanh, relative error below 3e-7. The exponential form cancels near 0, so a polynomial in x^2
 // takes over there.
 inline F32 Tanh(F32 x) {
@@ -201,6 +203,18 @@ struct Storage<DType::kBFloat16> {
     b = AsFloat(words & 0xffff0000u);
   }
 };
+
+// sum + the products of kPair pairs of bfloat16, summed in float32 two by two.
+#if defined(__AVX512BF16__)
+inline constexpr bool kHasBFloat16Dot = true;
+inline F32 BFloat16Dot(F32 sum, U32 a, U32 b) {
+  return reinterpret_cast<F32>(_mm512_dpbf16_ps(
+      reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
+}
+#else
+inline constexpr bool kHasBFloat16Dot = false;
+inline F32 BFloat16Dot(F32 sum, U32, U32) { return sum; }
+#endif
 
 template <typename Derived, typename Narrow, typename Wide>
 struct SequentialStorage {

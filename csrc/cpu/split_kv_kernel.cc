@@ -4,6 +4,8 @@
 #include "split_kv_kernel.h"
 
 #include "../math/convert.h"
+#include "kv_tile.h"
+#include "row_products.h"
 #include "simd.h"
 
 namespace jax_attn::cpu::JAX_ATTN_TARGET {
@@ -12,316 +14,6 @@ namespace {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = __builtin_inff();
-
-// Stands in for keys that no row of the tile sees, so that what is stored there is never read.
-alignas(64) constexpr char kZeroRow[kMaxHeadDim * sizeof(float)] = {};
-
-float ExpTwo(float x) { return Exp2(Broadcast(x))[0]; }
-
-// ---- Addresses
-
-// Where the keys (or values) of one sequence are. Dense contexts are a single page.
-struct KeyAddresses {
-  const char* data;  // of the sequence, or of the pool's layer
-  int64_t page_bytes, token_bytes, head_bytes;
-  const int32_t* pages;  // null: dense
-  int64_t page_size, num_pages;
-
-  KeyAddresses(const SplitKvAttentionParams& p, const KvOperand& x, int64_t batch_index,
-               int64_t layer)
-      : pages(p.page_size == 0 ? nullptr : p.page_table.At(p.batch, batch_index)),
-        page_size(p.page_size),
-        num_pages(p.num_pages) {
-    const int64_t element = SizeOf(x.dtype);
-    data = static_cast<const char*>(x.data) +
-           (x.batch.Offset(p.batch, batch_index) + layer * x.layer_stride) * element;
-    page_bytes = x.page_stride * element;
-    token_bytes = x.token_stride * element;
-    head_bytes = x.head_stride * element;
-  }
-
-  const char* Token(int64_t key) const {
-    if (pages == nullptr) return data + key * token_bytes;
-    return data + PageId(pages, key / page_size, num_pages) * page_bytes +
-           key % page_size * token_bytes;
-  }
-
-  // Ids outside the pool are the caller's error; clipping them keeps every read inside it.
-  static int64_t PageId(const int32_t* pages, int64_t index, int64_t num_pages) {
-    const int64_t id = pages[index];
-    return id < 0 ? 0 : id >= num_pages ? num_pages - 1 : id;
-  }
-};
-
-int64_t LayerIndex(const SplitKvAttentionParams& p, int64_t batch_index) {
-  if (p.layer.data == nullptr) return 0;
-  const int64_t layer = *p.layer.At(p.batch, batch_index);
-  return layer < 0 ? 0 : layer >= p.num_layers ? p.num_layers - 1 : layer;
-}
-
-struct Scale {
-  const float* data;  // null: all 1
-  int64_t page_stride, token_stride, head_stride;
-
-  Scale(const SplitKvAttentionParams& p, const ScaleOperand& x, int64_t batch_index, int64_t layer)
-      : data(x.data == nullptr
-                 ? nullptr
-                 : x.data + x.batch.Offset(p.batch, batch_index) + layer * x.layer_stride),
-        page_stride(x.page_stride),
-        token_stride(x.token_stride),
-        head_stride(x.head_stride) {}
-
-  bool per_token() const { return data != nullptr && token_stride != 0; }
-  // The factor of all tokens of a head, 1 if each token has its own.
-  float OfHead(int64_t head) const {
-    return data == nullptr || per_token() ? 1.0f : data[head * head_stride];
-  }
-  float OfToken(const KeyAddresses& keys, int64_t head, int64_t key) const {
-    int64_t page = 0;
-    if (keys.pages != nullptr) {
-      page = KeyAddresses::PageId(keys.pages, key / keys.page_size, keys.num_pages);
-      key %= keys.page_size;
-    }
-    return data[page * page_stride + key * token_stride + head * head_stride];
-  }
-};
-
-// ---- One tile of keys
-
-// Keys that are worked on together, and where they are; null for a key that no row of any head of
-// the item sees.
-struct Tile {
-  int64_t first_key = 0;
-  int64_t num_keys = 0;  // 0: there are no more
-  const char* k[kTileKeys];
-  const char* v[kTileKeys];
-};
-
-// The same for one head. Keys that none of its rows sees are zeros, whatever is stored.
-struct HeadTile {
-  bool seen[kTileKeys];
-  const char* k[kTileKeys];
-  const char* v[kTileKeys];
-};
-
-struct Sequence {
-  const SplitKvAttentionParams& p;
-  const SplitItem& item;
-  int64_t length;
-  int64_t group;
-  KeyAddresses k, v;
-  Scale k_scale, v_scale;
-
-  Sequence(const SplitKvAttentionParams& p, const SplitItem& item, int64_t layer)
-      : p(p),
-        item(item),
-        length(ContextLength(p, item.batch_index)),
-        group(p.group_size()),
-        k(p, p.key, item.batch_index, layer),
-        v(p, p.value, item.batch_index, layer),
-        k_scale(p, p.k_scale, item.batch_index, layer),
-        v_scale(p, p.v_scale, item.batch_index, layer) {}
-
-  int64_t QueryOf(int64_t row) const { return row / group; }
-  int64_t HeadOf(int64_t kv_head, int64_t row) const { return kv_head * group + row % group; }
-
-  const uint8_t* MaskRow(int64_t kv_head, int64_t row) const {
-    return static_cast<const uint8_t*>(p.mask.data) +
-           p.mask.batch.Offset(p.batch, item.batch_index) +
-           HeadOf(kv_head, row) * p.mask.head_stride + QueryOf(row) * p.mask.query_stride;
-  }
-};
-
-// Adds to `seen` the keys of a tile that some row of a head sees, by the mask and everything else.
-void SeenThroughMask(const Sequence& s, int64_t kv_head, const Tile& tile, bool* seen) {
-  // Where all queries share a mask, the keys that some query sees otherwise are those of the item,
-  // without gaps, so one query stands for all. Where all heads share it, one row of each query.
-  const bool one_query = s.p.mask.query_stride == 0, one_head = s.p.mask.head_stride == 0;
-  for (int64_t row = s.item.rows.begin; row < s.item.rows.end; ++row) {
-    if (one_query && row - s.item.rows.begin >= (one_head ? 1 : s.group)) break;
-    if (one_head && row > s.item.rows.begin && s.QueryOf(row) == s.QueryOf(row - 1)) continue;
-    const uint8_t* mask = s.MaskRow(kv_head, row) + tile.first_key;
-    KeyRange keys = VisibleKeys(s.p, s.length, s.QueryOf(row));
-    if (one_query) keys = s.item.keys;
-    const int64_t first = keys.begin - tile.first_key, last = keys.end - tile.first_key;
-    for (int64_t j = first < 0 ? 0 : first; j < last && j < tile.num_keys; ++j) {
-      seen[j] |= mask[j] != 0;
-    }
-  }
-}
-
-// Finds the next tile at or after `key` with something to see, and the addresses of its keys.
-void PrepareTile(const Sequence& s, int64_t key, Tile& tile) {
-  const bool masked = s.p.mask.data != nullptr;
-  const int64_t mask_heads_end =
-      s.p.mask.head_stride == 0 ? s.item.head_begin + 1 : s.item.head_end;
-  for (tile.num_keys = 0; key < s.item.keys.end; key += kTileKeys) {
-    const int64_t rest = s.item.keys.end - key;
-    tile.first_key = key;
-    tile.num_keys = rest < kTileKeys ? rest : kTileKeys;
-    bool seen[kTileKeys] = {};
-    for (int64_t head = s.item.head_begin; masked && head < mask_heads_end; ++head) {
-      SeenThroughMask(s, head, tile, seen);
-    }
-    bool any = false;
-    for (int64_t j = 0; j < kTileKeys; ++j) {
-      const bool read = j < tile.num_keys && (!masked || seen[j]);
-      tile.k[j] = read ? s.k.Token(key + j) : nullptr;
-      tile.v[j] = read ? s.v.Token(key + j) : nullptr;
-      any |= read;
-    }
-    if (any) return;
-    tile.num_keys = 0;
-  }
-}
-
-void PrepareHead(const Sequence& s, const Tile& tile, int64_t head, HeadTile& out) {
-  const bool masked = s.p.mask.head_stride != 0;
-  bool through_mask[kTileKeys] = {};
-  if (masked) SeenThroughMask(s, head, tile, through_mask);
-  for (int64_t j = 0; j < kTileKeys; ++j) {
-    out.seen[j] = j < tile.num_keys && tile.k[j] != nullptr && (!masked || through_mask[j]);
-    out.k[j] = out.seen[j] ? tile.k[j] + head * s.k.head_bytes : kZeroRow;
-    out.v[j] = out.seen[j] ? tile.v[j] + head * s.v.head_bytes : kZeroRow;
-  }
-}
-
-// Addresses of a head's keys to come, for prefetching.
-void UpcomingKeys(const Sequence& s, const Tile& tile, int64_t head, const char** rows) {
-  for (int64_t j = 0; j < kTileKeys; ++j) {
-    const bool read = j < tile.num_keys && tile.k[j] != nullptr;
-    rows[j] = read ? tile.k[j] + head * s.k.head_bytes : kZeroRow;
-  }
-}
-
-// Rows to fetch into the cache while others are computed with; null for none.
-struct Upcoming {
-  const char* const* rows = nullptr;
-  int64_t bytes = 0;  // of a row
-
-  // Whether a cache line of the rows begins at `offset`.
-  bool HasLineAt(int64_t offset) const {
-    return rows != nullptr && offset % 64 == 0 && offset < bytes;
-  }
-  void Prefetch(int64_t j, int64_t offset) const { __builtin_prefetch(rows[j] + offset, 0, 3); }
-};
-
-// Scores kRows rows of queries against the keys of a tile: s[r][j] = q[r] . k[j].
-template <typename S, int kRows>
-void ScoreRows(const float* q, int64_t q_stride, const char* const* keys, int64_t num_keys,
-               int64_t head_dim, float* s, const Upcoming& upcoming) {
-  // Sums stay in registers: 8 of 16, or 16 of 32.
-  constexpr int kKeys = kRows == 4 && !kManyRegisters ? 2 : 4;
-  constexpr int kSums = kRows * kKeys;
-  using Element = typename S::Element;
-  constexpr int64_t kPairBytes = kPair * sizeof(Element);
-  const int64_t whole = head_dim / kPair;
-  const int rest = static_cast<int>(head_dim % kPair);
-  for (int64_t j = 0; j < num_keys; j += kKeys) {
-    F32 sum[kSums];
-    const Element* k[kKeys];
-    JAX_ATTN_UNROLL
-    for (int i = 0; i < kSums; ++i) sum[i] = F32{};
-    JAX_ATTN_UNROLL
-    for (int i = 0; i < kKeys; ++i) k[i] = reinterpret_cast<const Element*>(keys[j + i]);
-    for (int64_t c = 0; c < whole; ++c) {
-      F32 a[kKeys], b[kKeys];
-      JAX_ATTN_UNROLL
-      for (int i = 0; i < kKeys; ++i) S::LoadPair(k[i] + c * kPair, a[i], b[i]);
-      if (upcoming.HasLineAt(c * kPairBytes)) {
-        JAX_ATTN_UNROLL
-        for (int i = 0; i < kKeys; ++i) upcoming.Prefetch(j + i, c * kPairBytes);
-      }
-      JAX_ATTN_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        const F32 qa = Load(q + r * q_stride + c * kPair);
-        const F32 qb = Load(q + r * q_stride + c * kPair + kLanes);
-        JAX_ATTN_UNROLL
-        for (int i = 0; i < kKeys; ++i) sum[r * kKeys + i] += qa * a[i];
-        JAX_ATTN_UNROLL
-        for (int i = 0; i < kKeys; ++i) sum[r * kKeys + i] += qb * b[i];
-      }
-    }
-    if (rest != 0) {
-      JAX_ATTN_UNROLL
-      for (int i = 0; i < kKeys; ++i) {
-        F32 a, b;
-        LoadPartialPair<S>(k[i] + whole * kPair, rest, a, b);
-        JAX_ATTN_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-          const float* row = q + r * q_stride + whole * kPair;
-          sum[r * kKeys + i] += Load(row) * a;
-          sum[r * kKeys + i] += Load(row + kLanes) * b;
-        }
-      }
-    }
-    constexpr int kAtOnce = kSums < kLanes ? kSums : kLanes;
-    JAX_ATTN_UNROLL
-    for (int first = 0; first < kSums; first += kAtOnce) {
-      const F32 totals = SumLanes<kAtOnce>(sum + first);
-      JAX_ATTN_UNROLL
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int r = (first + i) / kKeys, key = (first + i) % kKeys;
-        s[r * kTileKeys + j + key] = totals[i * (kLanes / kAtOnce)];
-      }
-    }
-  }
-}
-
-// Adds p[r][j] * v[j] over the keys to the sums of kRows rows, for one pair of vectors.
-template <typename S, int kRows, bool kWhole, bool kFetch>
-inline void AccumulatePair(const float* p, const char* const* values, int64_t num_keys,
-                           int64_t offset, int rest, F32* sum, const Upcoming& upcoming) {
-  F32 total[2 * kRows];
-  JAX_ATTN_UNROLL
-  for (int i = 0; i < 2 * kRows; ++i) total[i] = sum[i];
-  for (int64_t j = 0; j < num_keys; ++j) {
-    F32 a, b;
-    const auto* value = reinterpret_cast<const typename S::Element*>(values[j] + offset);
-    if constexpr (kWhole) {
-      S::LoadPair(value, a, b);
-    } else {
-      LoadPartialPair<S>(value, rest, a, b);
-    }
-    if constexpr (kFetch) upcoming.Prefetch(j, offset);
-    JAX_ATTN_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      const F32 weight = Broadcast(p[r * kTileKeys + j]);
-      total[2 * r] += weight * a;
-      total[2 * r + 1] += weight * b;
-    }
-  }
-  JAX_ATTN_UNROLL
-  for (int i = 0; i < 2 * kRows; ++i) sum[i] = total[i];
-}
-
-// Accumulates o[r] += sum over keys of p[r][j] * v[j].
-template <typename S, int kRows>
-void AccumulateRows(const float* p, const char* const* values, int64_t num_keys, int64_t v_head_dim,
-                    float* o, int64_t o_stride, const Upcoming& upcoming) {
-  for (int64_t c = 0; c < v_head_dim; c += kPair) {
-    F32 sum[2 * kRows];
-    JAX_ATTN_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      sum[2 * r] = Load(o + r * o_stride + c);
-      sum[2 * r + 1] = Load(o + r * o_stride + c + kLanes);
-    }
-    const int64_t offset = c * sizeof(typename S::Element);
-    const int rest = static_cast<int>(v_head_dim - c);
-    if (rest < kPair) {
-      AccumulatePair<S, kRows, false, false>(p, values, num_keys, offset, rest, sum, upcoming);
-    } else if (upcoming.HasLineAt(offset)) {
-      AccumulatePair<S, kRows, true, true>(p, values, num_keys, offset, rest, sum, upcoming);
-    } else {
-      AccumulatePair<S, kRows, true, false>(p, values, num_keys, offset, rest, sum, upcoming);
-    }
-    JAX_ATTN_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      Store(o + r * o_stride + c, sum[2 * r]);
-      Store(o + r * o_stride + c + kLanes, sum[2 * r + 1]);
-    }
-  }
-}
 
 // ---- From scores to weights
 
@@ -414,7 +106,7 @@ float Normalise(float* s, RowState& state) {
     Store(s + j, weight);
     total += weight;
   }
-  const float rescale = state.top == new_top ? 1.0f : ExpTwo(state.top - new_top);
+  const float rescale = state.top == new_top ? 1.0f : Exp2(state.top - new_top);
   state.total = state.total * rescale + Sum(total);
   state.top = new_top;
   return rescale;
@@ -468,8 +160,8 @@ void FinishRow(const SplitKvAttentionParams& p, int64_t batch_index, int64_t kv_
     const float sink = p.sinks.At(p.batch, batch_index)[output_row % p.num_q_heads] * kLog2E;
     if (sink > top) top = sink;
     if (top != -kInfinity && top != kInfinity) {
-      to_top = ExpTwo(state.top - top);
-      total = total * to_top + ExpTwo(sink - top);
+      to_top = Exp2(state.top - top);
+      total = total * to_top + Exp2(sink - top);
     }
   }
   const bool empty = state.top == -kInfinity || top == kInfinity;
@@ -508,7 +200,7 @@ struct Scratch {
   }
 };
 
-template <typename S>
+template <typename S, bool kDot>
 void LoadQueries(const Sequence& seq, const Scratch& scratch) {
   const SplitKvAttentionParams& p = seq.p;
   const SplitItem& item = seq.item;
@@ -519,6 +211,10 @@ void LoadQueries(const Sequence& seq, const Scratch& scratch) {
       const int64_t offset =
           batch_offset + (seq.QueryOf(row) * p.num_q_heads + seq.HeadOf(head, row)) * p.head_dim;
       for (int64_t i = 0; i < scratch.q_stride; ++i) to[i] = 0;
+      if constexpr (kDot) {
+        memcpy(to, static_cast<const uint16_t*>(p.query) + offset, p.head_dim * sizeof(uint16_t));
+        continue;
+      }
       for (int64_t c = 0; c < p.head_dim; c += kPair) {
         const int count = static_cast<int>(p.head_dim - c < kPair ? p.head_dim - c : kPair);
         for (int i = 0; i < count; ++i) {
@@ -530,7 +226,7 @@ void LoadQueries(const Sequence& seq, const Scratch& scratch) {
 }
 
 // The rows of one head against one tile, kRows at a time.
-template <typename S, int kRows>
+template <typename S, bool kDot, int kRows>
 int64_t AttendRows(const Sequence& seq, const Scratch& scratch, const Tile& tile, int64_t head,
                    int64_t first_row, const HeadTile& keys, const char* const* next_k) {
   const SplitKvAttentionParams& p = seq.p;
@@ -551,8 +247,8 @@ int64_t AttendRows(const Sequence& seq, const Scratch& scratch, const Tile& tile
       values = {keys.v, p.v_head_dim * SizeOf(p.value.dtype)};
       next_keys = {next_k, p.head_dim * SizeOf(p.key.dtype)};
     }
-    ScoreRows<S, kRows>(scratch.q + state_row * scratch.q_stride, scratch.q_stride, keys.k,
-                        padded_keys, p.head_dim, s, values);
+    ScoreRows<S, kDot, kRows>(scratch.q + state_row * scratch.q_stride, scratch.q_stride, keys.k,
+                              padded_keys, p.head_dim, s, values);
     for (int64_t j = padded_keys; j < kTileKeys; ++j) {
       for (int r = 0; r < kRows; ++r) s[r * kTileKeys + j] = 0;
     }
@@ -610,11 +306,11 @@ void FinishItem(const Sequence& seq, const Scratch& scratch) {
   }
 }
 
-template <typename S>
+template <typename S, bool kDot = false>
 void Split(const SplitKvAttentionParams& p, const SplitItem& item) {
   const Sequence seq(p, item, LayerIndex(p, item.batch_index));
   const Scratch scratch(p, item);
-  LoadQueries<S>(seq, scratch);
+  LoadQueries<S, kDot>(seq, scratch);
   Tile tiles[2];
   int current = 0;
   PrepareTile(seq, item.keys.begin, tiles[0]);
@@ -628,9 +324,9 @@ void Split(const SplitKvAttentionParams& p, const SplitItem& item) {
       PrepareHead(seq, tile, head, head_tile);
       const char* next_k[kTileKeys];
       UpcomingKeys(seq, last_head ? next : tile, last_head ? item.head_begin : head + 1, next_k);
-      int64_t row = AttendRows<S, 4>(seq, scratch, tile, head, 0, head_tile, next_k);
-      row = AttendRows<S, 2>(seq, scratch, tile, head, row, head_tile, next_k);
-      AttendRows<S, 1>(seq, scratch, tile, head, row, head_tile, next_k);
+      int64_t row = AttendRows<S, kDot, 4>(seq, scratch, tile, head, 0, head_tile, next_k);
+      row = AttendRows<S, kDot, 2>(seq, scratch, tile, head, row, head_tile, next_k);
+      AttendRows<S, kDot, 1>(seq, scratch, tile, head, row, head_tile, next_k);
     }
     current = 1 - current;
   }
@@ -642,6 +338,9 @@ void SplitKernel(const SplitKvAttentionParams& p, const SplitItem& item) {
     case DType::kFloat32:
       return Split<Storage<DType::kFloat32>>(p, item);
     case DType::kBFloat16:
+      if (kHasBFloat16Dot && p.query_dtype == DType::kBFloat16) {
+        return Split<Storage<DType::kBFloat16>, kHasBFloat16Dot>(p, item);
+      }
       return Split<Storage<DType::kBFloat16>>(p, item);
     case DType::kFloat16:
       return Split<Storage<DType::kFloat16>>(p, item);
@@ -672,7 +371,7 @@ void MergeKernel(const SplitKvAttentionParams& p, const MergeItem& item) {
       const float* partial = first + i * item.partial_stride;
       const float top = partial[p.v_head_dim];
       if (top == -kInfinity) continue;
-      const float weight = top == state.top ? 1.0f : ExpTwo(top - state.top);
+      const float weight = top == state.top ? 1.0f : Exp2(top - state.top);
       state.total += weight * partial[p.v_head_dim + 1];
       for (int64_t c = 0; c < p.v_head_dim; ++c) values[c] += weight * partial[c];
     }
