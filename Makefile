@@ -7,7 +7,7 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/installed
-SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -name '*.h' -o -name '*.cc')
+NATIVE := $(shell find csrc tests/native -name '*.h' -o -name '*.cc')
 
 .PHONY: demo test lint clean
 
@@ -15,19 +15,19 @@ demo: $(STAMP)
 	$(VENV)/bin/python examples/generate.py
 
 test: $(STAMP)
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest --numprocesses=auto
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cc')
+	$(VENV)/bin/clang-format --dry-run --Werror $(NATIVE)
 	$(VENV)/bin/pyright
 
 clean:
 	rm -rf $(VENV) build
 
 # Editable, so that changes of Python files need no new install; changes of native ones do.
-$(STAMP): $(SOURCES)
+$(STAMP): pyproject.toml CMakeLists.txt $(filter csrc/%,$(NATIVE))
 	@if command -v uv >/dev/null; then \
 	  set -ex; \
 	  test -x $(VENV)/bin/python || uv venv --python $(PYTHON) $(VENV); \

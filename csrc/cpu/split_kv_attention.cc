@@ -20,9 +20,17 @@ namespace avx2 {
 extern const SplitKvKernels kSplitKvKernels;
 }
 #endif
+#if defined(__aarch64__)
+namespace neon {
+extern const SplitKvKernels kSplitKvKernels;
+}
+namespace baseline = neon;
+#else
 namespace portable {
 extern const SplitKvKernels kSplitKvKernels;
 }
+namespace baseline = portable;
+#endif
 
 namespace {
 
@@ -53,7 +61,7 @@ std::vector<const SplitKvKernels*> AvailableSplitKvKernels() {
   if (has_avx512) kernels.push_back(&avx512::kSplitKvKernels);
   if (has_avx2) kernels.push_back(&avx2::kSplitKvKernels);
 #endif
-  kernels.push_back(&portable::kSplitKvKernels);
+  kernels.push_back(&baseline::kSplitKvKernels);
   return kernels;
 }
 
