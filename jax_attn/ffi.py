@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from jax_attn._src import registration
+from jax_attn._src import checks, registration
 
 
 def register() -> tuple[str, ...]:
@@ -96,20 +96,29 @@ def split_kv_workspace_size(
       Number of float32 elements.
 
     Raises:
-      ValueError: If there are no handlers for the platform.
+      ValueError: If there are no handlers for the platform, or an argument is out of range.
+      TypeError: If a size is not an int.
     """
-    plan = _module(platform).split_kv_plan(
-        batch=batch,
-        query_len=query_len,
-        num_q_heads=num_q_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        v_head_dim=v_head_dim,
-        kv_len=kv_len,
-        heads_first=page_layout == "HND",
-        num_splits=num_splits,
-        split_size=split_size,
-    )
+    op = "split_kv_workspace_size"
+    sizes = {
+        "batch": batch,
+        "query_len": query_len,
+        "num_q_heads": num_q_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "v_head_dim": v_head_dim,
+        "kv_len": kv_len,
+        "num_splits": num_splits,
+        "split_size": split_size,
+    }
+    for name, size in sizes.items():
+        checks.check_at_least(op, name, size, 1 if name == "num_kv_heads" else 0)
+    if num_q_heads % num_kv_heads:
+        raise ValueError(
+            f"{op}: num_q_heads={num_q_heads} is not a multiple of num_kv_heads={num_kv_heads}."
+        )
+    checks.check_choice(op, "page_layout", page_layout, ("NHD", "HND", None))
+    plan = _module(platform).split_kv_plan(heads_first=page_layout == "HND", **sizes)
     return plan["workspace_size"]
 
 

@@ -29,9 +29,9 @@ class CallExplanation:
       num_splits: Parts that a context of full length is cut into; None for "xla".
       scratch_bytes: Workspace of the native kernel; None for "xla".
       bytes_moved: What has to be read and written at least, for contexts of full length.
-      cache_copies: Copies of an array of the cache's size in the compiled program, such as XLA
-        makes where a cache is updated without being donated. None if it was not compiled, because
-        `platform` is not the default backend.
+      cache_copies: Copies of arrays like the keys or the values in the compiled program, such as
+        XLA makes where a cache is updated without being donated. None if it was not compiled,
+        because `platform` is not the default backend.
       refused: Why each other implementation is not used, by its name.
     """
 
@@ -77,11 +77,13 @@ def explain(
     @functools.wraps(fn)
     def explained(*args: Any, **kwargs: Any) -> list[CallExplanation]:
         target = platform or _lowering_platform(jax.default_backend())
-        calls = list(_calls(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr))
+        # Traced by jit itself, so that its static arguments stay static.
+        jitted = fn if hasattr(fn, "trace") else jax.jit(fn)
+        traced = jitted.trace(*args, **kwargs)
+        calls = list(_calls(traced.jaxpr.jaxpr))
         program = None
         if calls and target == _lowering_platform(jax.default_backend()):
-            jitted = fn if hasattr(fn, "lower") else jax.jit(fn)
-            program = jitted.lower(*args, **kwargs).compile().as_text()
+            program = traced.lower().compile().as_text()
         return [_explain_call(operation, eqn, target, program) for operation, eqn in calls]
 
     return explained
@@ -113,7 +115,7 @@ def _explain_call(operation: Any, eqn: Any, platform: str, program: str | None) 
         "op": described.op,
         "platform": platform,
         "bytes_moved": described.bytes_moved,
-        "cache_copies": None if program is None else _copies(program, avals["key"]),
+        "cache_copies": None if program is None else _copies(program, avals["key"], avals["value"]),
     }
     if isinstance(kernel, str):
         return CallExplanation(
@@ -147,7 +149,9 @@ _HLO_DTYPES = {
 }
 
 
-def _copies(program: str, cache: Any) -> int:
-    """Counts the copies of arrays like `cache` in a compiled program."""
-    shape = f"{_HLO_DTYPES[cache.dtype.name]}[{','.join(map(str, cache.shape))}]"
-    return len(re.findall(rf"= {re.escape(shape)}(?:{{[^}}]*}})? copy\(", program))
+def _copies(program: str, *caches: Any) -> int:
+    """Counts the copies of arrays like `caches` in a compiled program."""
+    shapes = {f"{_HLO_DTYPES[x.dtype.name]}[{','.join(map(str, x.shape))}]" for x in caches}
+    return sum(
+        len(re.findall(rf"= {re.escape(shape)}(?:{{[^}}]*}})? copy\(", program)) for shape in shapes
+    )
