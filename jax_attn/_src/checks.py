@@ -123,8 +123,8 @@ def check_layer(op: str, k_pages: Any, layer: Any) -> jax.Array | None:
             )
         return jnp.asarray(layer, jnp.int32)
     check_dtype(op, "layer", layer, (jnp.int32,))
-    if layer.ndim:
-        raise ValueError(f"{op}: `layer` must be a scalar, got shape {layer.shape}.")
+    if np.ndim(layer):
+        raise ValueError(f"{op}: `layer` must be a scalar, got shape {np.shape(layer)}.")
     return jnp.asarray(layer)
 
 

@@ -78,7 +78,7 @@ def explain(
     def explained(*args: Any, **kwargs: Any) -> list[CallExplanation]:
         target = platform or _lowering_platform(jax.default_backend())
         # Traced by jit itself, so that its static arguments stay static.
-        jitted = fn if hasattr(fn, "trace") else jax.jit(fn)
+        jitted: Any = fn if hasattr(fn, "trace") else jax.jit(fn)
         traced = jitted.trace(*args, **kwargs)
         calls = list(_calls(traced.jaxpr.jaxpr))
         program = None

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax import lax
 from jax._src import dispatch
+from jax.core import ShapedArray
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
@@ -240,8 +241,7 @@ class Operation:
         self, platform: str | None, ctx: Any, *args: Any, names: Any, options: Any
     ) -> Any:
         avals = dict(zip(names, ctx.avals_in, strict=True))
-        if platform is None:
-            platform = ctx.module_context.platforms[0]
+        platform = platform or str(ctx.module_context.platforms[0])
         kernel = self.kernel(platform, avals, options)
         if isinstance(kernel, str):
             self._refuse_fallback(options, platform, kernel)
@@ -252,7 +252,7 @@ class Operation:
 
             return mlir.lower_fun(fallback, multiple_results=True)(ctx, *args)
         target, extra_results, attributes = kernel
-        avals_out = [*ctx.avals_out, *(jax.core.ShapedArray(*extra) for extra in extra_results)]
+        avals_out = [*ctx.avals_out, *(ShapedArray(*extra) for extra in extra_results)]
         lowered = jax.ffi.ffi_lowering(target)(
             ctx.replace(avals_out=avals_out), *args, **attributes
         )

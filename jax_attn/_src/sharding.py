@@ -73,7 +73,7 @@ class Call:
     def partition_spec(self, array: str, plan: Mapping[str, Axes]) -> PartitionSpec:
         """Returns the sharding of an operand or result under a plan."""
         entries = [plan.get(factors[0]) if factors else None for factors in self._factors(array)]
-        return PartitionSpec(*[a if a is None or len(a) > 1 else a[0] for a in entries])
+        return PartitionSpec(*[a[0] if a is not None and len(a) == 1 else a for a in entries])
 
     def shardy_rule(self) -> tuple[str, dict[str, Any]]:
         """Returns the Shardy rule of the call: its text, and its special factors and sizes."""

@@ -3,7 +3,6 @@
 """Split-KV attention as JAX sees it: result types, gradients, sharding and choice of kernel."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -48,10 +47,11 @@ def attend(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
     return _attend(options, primitives.varying_alike(operands.present()))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(options: Options, operands: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    out, lse = operation.sharded(operands, options)
-    return out, lse
+def _attend_on_mesh(options: Options, operands: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+    return operation.sharded(operands, options)
+
+
+_attend: Any = jax.custom_vjp(_attend_on_mesh, nondiff_argnums=(0,))
 
 
 def _attend_forward(options: Options, operands: dict[str, jax.Array]) -> Any:
@@ -62,15 +62,17 @@ def _attend_forward(options: Options, operands: dict[str, jax.Array]) -> Any:
 def _attend_backward(options: Options, residuals: Any, cotangents: Any) -> Any:
     operands = residuals[0]
 
-    def gradients(residuals: Any, cotangents: Any) -> dict[str, jax.Array]:
+    def local_gradients(residuals: Any, cotangents: Any) -> dict[str, jax.Array]:
         operands, out, lse = residuals
         return backward.gradients(Operands(**operands), options, out, lse, *cotangents)
+
+    gradients: Any = local_gradients
 
     _, axes = primitives.explicit_axes()
     if axes:
         differentiable = [n for n in operands if jnp.issubdtype(operands[n].dtype, jnp.inexact)]
         specs = {name: jax.typeof(operands[name]).sharding.spec for name in differentiable}
-        gradients = jax.sharding.auto_axes(gradients, axes=tuple(axes), out_sharding=specs)
+        gradients = jax.sharding.auto_axes(local_gradients, axes=tuple(axes), out_sharding=specs)
     found = gradients(residuals, cotangents)
     return ({name: found.get(name) for name in operands},)
 

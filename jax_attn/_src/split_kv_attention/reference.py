@@ -101,7 +101,7 @@ def gather_keys(stored: jax.Array, x: Operands, options: Options) -> jax.Array:
         return stored
     if options.page_layout == "HND":
         stored = jnp.swapaxes(stored, -3, -2)
-    return gather_pages(stored, x)
+    return gather_pages(stored, x.page_table, x.layer)
 
 
 def gather_scale(scale: jax.Array | None, x: Operands, options: Options) -> jax.Array | None:
@@ -114,14 +114,14 @@ def gather_scale(scale: jax.Array | None, x: Operands, options: Options) -> jax.
         return scale
     if options.page_layout == "HND":
         scale = jnp.swapaxes(scale, -2, -1)
-    return gather_pages(scale, x)
+    return gather_pages(scale, x.page_table, x.layer)
 
 
-def gather_pages(pages: jax.Array, x: Operands) -> jax.Array:
+def gather_pages(pages: jax.Array, page_table: jax.Array, layer: jax.Array | None) -> jax.Array:
     """Gathers `[(L,) P, page_size, ...]` to `[B, S, ...]`; ids outside the pool are clipped."""
-    if x.layer is not None:
-        pages = jax.lax.dynamic_index_in_dim(pages, x.layer, keepdims=False)
-    gathered = jnp.take(pages, x.page_table, axis=0, mode="clip")
+    if layer is not None:
+        pages = jax.lax.dynamic_index_in_dim(pages, layer, keepdims=False)
+    gathered = jnp.take(pages, page_table, axis=0, mode="clip")
     b, pages_per_sequence, page_size, *rest = gathered.shape
     return gathered.reshape(b, pages_per_sequence * page_size, *rest)
 
