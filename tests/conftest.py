@@ -25,3 +25,10 @@ def pytest_addoption(parser):
 @pytest.fixture(params=support.IMPLEMENTATIONS)
 def implementation(request):
     return request.param
+
+
+@pytest.fixture(params=support.VARIANTS)
+def variant(request, monkeypatch):
+    """Runs a test with every variant of the CPU kernels that this machine has."""
+    support.use_variant(request.param, monkeypatch)
+    return request.param

@@ -253,8 +253,10 @@ def check_without_kernels():
     assert np.isfinite(grads).all()
     (call,) = jax_attn.explain(attend)(query, key, lengths)
     assert call.implementation == "xla"
-    assert call.refused == {"native": "the CPU kernels are not installed"}
-    message = r'implementation="native" cannot be used on cpu: the CPU kernels are not installed\.'
+    assert call.refused == {
+        "native": "the CPU kernels are not installed, or too new for this jaxlib"
+    }
+    message = r'implementation="native" cannot be used on cpu: the CPU kernels are not installed'
     with pytest.raises(NotImplementedError, match=message):
         jax_attn.split_kv_attention(query, key, key, implementation="native")
 

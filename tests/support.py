@@ -13,6 +13,7 @@ import oracle
 import pytest
 
 import jax_attn
+from jax_attn._src.split_kv_attention import primitive
 
 INT_MAX = np.iinfo(np.int32).max
 
@@ -37,7 +38,7 @@ ABSOLUTE = {"float32": 1e-7, "bfloat16": 1e-7, "float16": 2.0**-24}
 LSE_ABSOLUTE = 1e-5
 LSE_RELATIVE = 1e-6
 
-_platforms = getattr(jax_attn, "platforms", tuple)()
+_platforms = jax_attn.platforms()
 IMPLEMENTATIONS = [
     pytest.param("xla", id="xla"),
     pytest.param(
@@ -48,6 +49,10 @@ IMPLEMENTATIONS = [
         else [pytest.mark.skip(reason="this build of jax_attn has no kernels for the CPU")],
     ),
 ]
+
+# The FFI target of split_kv_attention and paged_attention.
+TARGET = "jax_attn_split_kv_attention"
+VARIANTS = jax_attn.ffi.variants("cpu") if "cpu" in _platforms else []
 
 _ARRAYS = (
     *("query", "key", "value", "bias", "mask", "kv_lengths", "page_table", "layer"),
@@ -371,3 +376,17 @@ def paged(
         elif scale is not None and scale.ndim == 1 and scale_per_layer:
             changes[name] = of_layer(scale)
     return problem.replace(**changes, layout=layout)
+
+
+def use_variant(variant, patch):
+    """Makes all calls use a variant of the kernel."""
+    attend = primitive.attend
+
+    def attend_with(operands, options):
+        return attend(operands, dataclasses.replace(options, variant=variant))
+
+    patch.setattr(primitive, "attend", attend_with)
+
+
+def struct(*shape, dtype="float32"):
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))

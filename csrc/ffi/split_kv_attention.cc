@@ -128,7 +128,10 @@ class Reader {
     const int64_t last = p_.batch.num_dims - (has_batch ? 1 : 2);  // what the operand's last is
     const int64_t num_batch = rank - core_rank;
     if (num_batch < (has_batch ? 1 : 0) || num_batch > last + 1) {
-      Expect(name, dims, false, "at most " + std::to_string(last + 1 + core_rank) + " dimensions");
+      const int64_t least = core_rank + (has_batch ? 1 : 0), most = core_rank + last + 1;
+      Expect(name, dims, false,
+             std::to_string(least) + (least == most ? "" : " to " + std::to_string(most)) +
+                 " dimensions");
       return batch;
     }
     for (int64_t i = 0; i < num_batch; ++i) {

@@ -142,7 +142,7 @@ def _cpu_kernel(avals: Mapping[str, Any], results: Sequence[Any], options: Optio
         return 'implementation="xla" was asked for'
     module = registration.native_module("cpu")
     if module is None:
-        return "the CPU kernels are not installed"
+        return "the CPU kernels are not installed, or too new for this jaxlib"
     shapes = [a.shape for a in (*avals.values(), *results)]
     if not all(isinstance(size, int) for shape in shapes for size in shape):
         return "a dimension is symbolic, and the kernel's workspace needs its size"
