@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains the model that `generate.py` uses: bytes of the Python standard library's sources.
 
-    python examples/train_lm.py --steps 20000 --out examples/model
+    python examples/train_lm.py --steps 2000 --out examples/model
 
 Needs jax, numpy, safetensors and tqdm, and no part of jax_attn. Training text is at hand wherever
 Python is: nothing is downloaded. A context begins with the token 256, then come bytes from the
@@ -123,7 +123,7 @@ def validate(params: Params, args: argparse.Namespace, held_out: np.ndarray) -> 
 def main() -> None:
     """Trains, prints the losses and writes the checkpoint."""
     parser = argparse.ArgumentParser(description="Trains a byte model on Python's own sources.")
-    parser.add_argument("--steps", type=int, default=20000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=32, help="contexts of a step")
     parser.add_argument("--context", type=int, default=CONFIG.context, help="bytes of a context")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")

@@ -14,16 +14,18 @@
 
 namespace jax_attn::cpu::JAX_ATTN_TARGET {
 
-// Rows to fetch into the cache while others are computed with; null for none.
+// Rows [begin, end) to fetch into the cache while others are computed with.
 struct Upcoming {
-  const char* const* rows = nullptr;
-  int64_t bytes = 0;  // of a row
+  const char* const* rows;
+  int64_t bytes;  // of a row
+  int64_t begin, end;
 
   // Whether a cache line of the rows begins at `offset`.
-  bool HasLineAt(int64_t offset) const {
-    return rows != nullptr && offset % 64 == 0 && offset < bytes;
+  bool HasLineAt(int64_t offset) const { return offset % 64 == 0 && offset < bytes; }
+  // Inlined by force: GCC drops calls of a function that has no effect but a prefetch.
+  __attribute__((always_inline)) void Prefetch(int64_t j, int64_t offset) const {
+    if (j >= begin && j < end) __builtin_prefetch(rows[j] + offset, 0, 3);
   }
-  void Prefetch(int64_t j, int64_t offset) const { __builtin_prefetch(rows[j] + offset, 0, 3); }
 };
 
 // Adds the products of kRows rows of queries with kKeys keys to their sums. Queries are floats in

@@ -216,13 +216,34 @@ inline constexpr bool kHasBFloat16Dot = false;
 inline F32 BFloat16Dot(F32 sum, U32, U32) { return sum; }
 #endif
 
-template <typename Derived, typename Narrow, typename Wide>
+// kLanes small integers, widened. Compilers do it one by one without being told.
+inline U32 Widen(const uint8_t* from) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<U32>(_mm512_maskz_cvtepu8_epi32(0xffff, LoadAs<__m128i>(from)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<U32>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(LoadAs<int64_t>(from))));
+#else
+  return __builtin_convertvector(LoadAs<U8>(from), U32);
+#endif
+}
+inline I32 Widen(const int8_t* from) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<I32>(_mm512_maskz_cvtepi8_epi32(0xffff, LoadAs<__m128i>(from)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<I32>(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(LoadAs<int64_t>(from))));
+#else
+  return __builtin_convertvector(LoadAs<I8>(from), I32);
+#endif
+}
+inline U32 Widen(const uint16_t* from) { return __builtin_convertvector(LoadAs<U16>(from), U32); }
+
+template <typename Derived>
 struct SequentialStorage {
   static constexpr bool kInterleaved = false;
   template <typename Element>
   static void LoadPair(const Element* from, F32& a, F32& b) {
-    a = Derived::Decode(__builtin_convertvector(LoadAs<Narrow>(from), Wide));
-    b = Derived::Decode(__builtin_convertvector(LoadAs<Narrow>(from + kLanes), Wide));
+    a = Derived::Decode(Widen(from));
+    b = Derived::Decode(Widen(from + kLanes));
   }
 };
 
@@ -250,27 +271,27 @@ struct Storage<DType::kFloat16>
   }
 };
 #else
-    : SequentialStorage<Storage<DType::kFloat16>, U16, U32> {
+    : SequentialStorage<Storage<DType::kFloat16>> {
   using Element = uint16_t;
   static F32 Decode(U32 bits) { return DecodeIeee<5, 10, 15>(bits); }
 };
 #endif
 
 template <>
-struct Storage<DType::kInt8> : SequentialStorage<Storage<DType::kInt8>, I8, I32> {
+struct Storage<DType::kInt8> : SequentialStorage<Storage<DType::kInt8>> {
   using Element = int8_t;
   static F32 Decode(I32 v) { return __builtin_convertvector(v, F32); }
 };
 
 template <>
-struct Storage<DType::kFloat8E5M2> : SequentialStorage<Storage<DType::kFloat8E5M2>, U8, U32> {
+struct Storage<DType::kFloat8E5M2> : SequentialStorage<Storage<DType::kFloat8E5M2>> {
   using Element = uint8_t;
   static F32 Decode(U32 bits) { return DecodeIeee<5, 2, 15>(bits); }
 };
 
 // No infinities; 0x7f and 0xff are NaN.
 template <>
-struct Storage<DType::kFloat8E4M3FN> : SequentialStorage<Storage<DType::kFloat8E4M3FN>, U8, U32> {
+struct Storage<DType::kFloat8E4M3FN> : SequentialStorage<Storage<DType::kFloat8E4M3FN>> {
   using Element = uint8_t;
   static F32 Decode(U32 bits) {
     return Select(reinterpret_cast<I32>((bits & 0x7fu) == 0x7fu), QuietNan(),
@@ -280,8 +301,7 @@ struct Storage<DType::kFloat8E4M3FN> : SequentialStorage<Storage<DType::kFloat8E
 
 // No infinities and no negative zero, whose code 0x80 is the only NaN.
 template <>
-struct Storage<DType::kFloat8E4M3FNUZ>
-    : SequentialStorage<Storage<DType::kFloat8E4M3FNUZ>, U8, U32> {
+struct Storage<DType::kFloat8E4M3FNUZ> : SequentialStorage<Storage<DType::kFloat8E4M3FNUZ>> {
   using Element = uint8_t;
   static F32 Decode(U32 bits) {
     return Select(reinterpret_cast<I32>(bits == 0x80u), QuietNan(), DecodeFinite<4, 3, 8>(bits));

@@ -3,6 +3,8 @@
 
 #include "split_kv_kernel.h"
 
+#include <type_traits>
+
 #include "../math/convert.h"
 #include "kv_tile.h"
 #include "row_products.h"
@@ -225,56 +227,72 @@ void LoadQueries(const Sequence& seq, const Scratch& scratch) {
   }
 }
 
-// The rows of one head against one tile, kRows at a time.
-template <typename S, bool kDot, int kRows>
-int64_t AttendRows(const Sequence& seq, const Scratch& scratch, const Tile& tile, int64_t head,
-                   int64_t first_row, const HeadTile& keys, const char* const* next_k) {
-  const SplitKvAttentionParams& p = seq.p;
-  const int64_t local_head = head - seq.item.head_begin;
-  const int64_t padded_keys = (tile.num_keys + 7) / 8 * 8;
-  int64_t row = first_row;
-  for (; row + kRows <= scratch.rows; row += kRows) {
-    const int64_t state_row = local_head * scratch.rows + row;
-    // Rows are in the order of queries, so the last sees furthest and the first least far back.
-    const KeyRange first = VisibleKeys(p, seq.length, seq.QueryOf(seq.item.rows.begin + row));
-    const KeyRange last =
-        VisibleKeys(p, seq.length, seq.QueryOf(seq.item.rows.begin + row + kRows - 1));
-    if (last.end <= tile.first_key || first.begin >= tile.first_key + tile.num_keys) continue;
-    float* s = scratch.s + row * kTileKeys;
-    // The first rows bring in the values while they work on keys, and the other way round.
-    Upcoming values, next_keys;
-    if (row == 0) {
-      values = {keys.v, p.v_head_dim * SizeOf(p.value.dtype)};
-      next_keys = {next_k, p.head_dim * SizeOf(p.key.dtype)};
-    }
-    ScoreRows<S, kDot, kRows>(scratch.q + state_row * scratch.q_stride, scratch.q_stride, keys.k,
-                              padded_keys, p.head_dim, s, values);
-    for (int64_t j = padded_keys; j < kTileKeys; ++j) {
-      for (int r = 0; r < kRows; ++r) s[r * kTileKeys + j] = 0;
-    }
-    for (int r = 0; r < kRows; ++r) {
-      float* weights = s + r * kTileKeys;
-      Logits(seq, tile, keys.seen, head, seq.item.rows.begin + row + r, weights);
-      float* stored = scratch.states + 2 * (state_row + r);
-      RowState state{stored[0], stored[1]};
-      const float rescale = Normalise(weights, state);
-      stored[0] = state.top;
-      stored[1] = state.total;
-      if (rescale != 1.0f) {
-        ScaleRow(scratch.o + (state_row + r) * scratch.o_stride, scratch.o_stride, rescale);
-      }
-      if (seq.v_scale.per_token()) {
-        for (int64_t j = 0; j < tile.num_keys; ++j) {
-          if (weights[j] != 0) {
-            weights[j] *= seq.v_scale.OfToken(seq.v, head, tile.first_key + j);
-          }
-        }
-      }
-    }
-    AccumulateRows<S, kRows>(s, keys.v, padded_keys, p.v_head_dim,
-                             scratch.o + state_row * scratch.o_stride, scratch.o_stride, next_keys);
+// Calls body(size, row) for rows in groups of 4, then 2, then 1; `size` is a constant.
+template <typename Body>
+void ForRowGroups(int64_t rows, const Body& body) {
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4) body(std::integral_constant<int, 4>(), row);
+  for (; row + 2 <= rows; row += 2) body(std::integral_constant<int, 2>(), row);
+  for (; row < rows; ++row) body(std::integral_constant<int, 1>(), row);
+}
+
+// Replaces a row's scores by weights, and brings its accumulator to the new maximum.
+void WeighRow(const Sequence& seq, const Scratch& scratch, const Tile& tile, const HeadTile& keys,
+              int64_t head, int64_t row, int64_t state_row) {
+  float* weights = scratch.s + row * kTileKeys;
+  Logits(seq, tile, keys.seen, head, seq.item.rows.begin + row, weights);
+  float* stored = scratch.states + 2 * state_row;
+  RowState state{stored[0], stored[1]};
+  const float rescale = Normalise(weights, state);
+  stored[0] = state.top;
+  stored[1] = state.total;
+  if (rescale != 1.0f) {
+    ScaleRow(scratch.o + state_row * scratch.o_stride, scratch.o_stride, rescale);
   }
-  return row;
+  if (!seq.v_scale.per_token()) return;
+  for (int64_t j = 0; j < tile.num_keys; ++j) {
+    if (weights[j] != 0) weights[j] *= seq.v_scale.OfToken(seq.v, head, tile.first_key + j);
+  }
+}
+
+// The rows of one head against one tile: all scores, then all weights, then all accumulations. So
+// keys, and then values, serve all rows while they are in the nearest cache, and what comes next is
+// fetched all the time: values during scores, the keys to come during accumulations.
+template <typename S, bool kDot>
+void AttendHead(const Sequence& seq, const Scratch& scratch, const Tile& tile, int64_t head,
+                const HeadTile& keys, const char* const* next_k) {
+  const SplitKvAttentionParams& p = seq.p;
+  const int64_t first_state = (head - seq.item.head_begin) * scratch.rows;
+  const int64_t padded_keys = (tile.num_keys + 7) / 8 * 8;
+  // Each group of rows fetches its share of what comes next.
+  const auto upcoming = [&](const char* const* rows, int64_t bytes, int64_t row, int64_t size) {
+    return Upcoming{rows, bytes, kTileKeys * row / scratch.rows,
+                    kTileKeys * (row + size) / scratch.rows};
+  };
+  // Rows are in the order of queries, so the last sees furthest and the first least far back.
+  const auto sees_tile = [&](int64_t row, int64_t size) {
+    const int64_t begin = seq.item.rows.begin + row;
+    const KeyRange first = VisibleKeys(p, seq.length, seq.QueryOf(begin));
+    const KeyRange last = VisibleKeys(p, seq.length, seq.QueryOf(begin + size - 1));
+    return last.end > tile.first_key && first.begin < tile.first_key + tile.num_keys;
+  };
+  ForRowGroups(scratch.rows, [&](auto size, int64_t row) {
+    if (!sees_tile(row, size)) return;
+    float* s = scratch.s + row * kTileKeys;
+    ScoreRows<S, kDot, size>(scratch.q + (first_state + row) * scratch.q_stride, scratch.q_stride,
+                             keys.k, padded_keys, p.head_dim, s,
+                             upcoming(keys.v, p.v_head_dim * SizeOf(p.value.dtype), row, size));
+    for (int r = 0; r < size; ++r) {
+      for (int64_t j = padded_keys; j < kTileKeys; ++j) s[r * kTileKeys + j] = 0;
+      WeighRow(seq, scratch, tile, keys, head, row + r, first_state + row + r);
+    }
+  });
+  ForRowGroups(scratch.rows, [&](auto size, int64_t row) {
+    if (!sees_tile(row, size)) return;
+    AccumulateRows<S, size>(scratch.s + row * kTileKeys, keys.v, padded_keys, p.v_head_dim,
+                            scratch.o + (first_state + row) * scratch.o_stride, scratch.o_stride,
+                            upcoming(next_k, p.head_dim * SizeOf(p.key.dtype), row, size));
+  });
 }
 
 template <typename S>
@@ -324,9 +342,7 @@ void Split(const SplitKvAttentionParams& p, const SplitItem& item) {
       PrepareHead(seq, tile, head, head_tile);
       const char* next_k[kTileKeys];
       UpcomingKeys(seq, last_head ? next : tile, last_head ? item.head_begin : head + 1, next_k);
-      int64_t row = AttendRows<S, kDot, 4>(seq, scratch, tile, head, 0, head_tile, next_k);
-      row = AttendRows<S, kDot, 2>(seq, scratch, tile, head, row, head_tile, next_k);
-      AttendRows<S, kDot, 1>(seq, scratch, tile, head, row, head_tile, next_k);
+      AttendHead<S, kDot>(seq, scratch, tile, head, head_tile, next_k);
     }
     current = 1 - current;
   }
