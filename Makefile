@@ -6,35 +6,36 @@
 
 PYTHON ?= python3
 VENV := .venv
-STAMP := $(VENV)/installed
-NATIVE := $(shell find csrc tests/native -name '*.h' -o -name '*.cc')
+CXX_FILES := $(shell find csrc tests/native -name '*.h' -o -name '*.cc')
+SOURCES := pyproject.toml CMakeLists.txt $(filter csrc/%,$(CXX_FILES))
 
 .PHONY: demo test lint clean
 
-demo: $(STAMP)
+demo: $(VENV)/with-examples
 	$(VENV)/bin/python examples/generate.py
 
-test: $(STAMP)
+test: $(VENV)/with-dev
 	$(VENV)/bin/pytest --numprocesses=auto
 
-lint: $(STAMP)
+lint: $(VENV)/with-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(NATIVE)
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
 	$(VENV)/bin/pyright
 
 clean:
 	rm -rf $(VENV) build
 
-# Editable, so that changes of Python files need no new install; changes of native ones do.
-$(STAMP): pyproject.toml CMakeLists.txt $(filter csrc/%,$(NATIVE))
+# Installs the package with one of its extras. Editable, so that changes of Python files need no
+# new install; changes of native ones do.
+$(VENV)/with-%: $(SOURCES)
 	@if command -v uv >/dev/null; then \
 	  set -ex; \
 	  test -x $(VENV)/bin/python || uv venv --python $(PYTHON) $(VENV); \
-	  uv pip install --python $(VENV)/bin/python --editable '.[dev]'; \
+	  uv pip install --python $(VENV)/bin/python --editable '.[$*]'; \
 	else \
 	  set -ex; \
 	  test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV); \
-	  $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'; \
+	  $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[$*]'; \
 	fi
 	@touch $@
