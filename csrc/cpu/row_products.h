@@ -111,11 +111,18 @@ void ScoreRows(const float* q, int64_t q_stride, const char* const* keys, int64_
     constexpr int kAtOnce = kSums < kLanes ? kSums : kLanes;
     JAX_ATTN_UNROLL
     for (int first = 0; first < kSums; first += kAtOnce) {
-      const F32 totals = SumLanes<kAtOnce>(sum + first);
+      float totals[kLanes];
+      Store(totals, SumLanes<kAtOnce>(sum + first));
       JAX_ATTN_UNROLL
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int r = (first + i) / kKeys, key = (first + i) % kKeys;
-        s[r * kTileKeys + j + key] = totals[i * (kLanes / kAtOnce)];
+      for (int i = 0; i < kAtOnce; i += kKeys) {
+        float* to = s + (first + i) / kKeys * kTileKeys + j;
+        if constexpr (kAtOnce == kLanes) {
+          memcpy(to, totals + i, kKeys * sizeof(float));
+        } else {
+          constexpr int kApart = kLanes / kAtOnce;
+          JAX_ATTN_UNROLL
+          for (int key = 0; key < kKeys; ++key) to[key] = totals[(i + key) * kApart];
+        }
       }
     }
   }

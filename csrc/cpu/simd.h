@@ -99,10 +99,19 @@ inline F32 SumLanes(const F32* v) {
 
 inline float Sum(F32 v) { return SumLanes<1>(&v)[0]; }
 
+template <int kDistance, int... kLane>
+inline F32 Partners(F32 v, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(v, v, (kLane ^ kDistance)...);
+}
+
+template <int kDistance = kLanes / 2>
 inline float MaxLane(F32 v) {
-  float top = v[0];
-  for (int i = 1; i < kLanes; ++i) top = v[i] > top ? v[i] : top;
-  return top;
+  if constexpr (kDistance == 0) {
+    return v[0];
+  } else {
+    const F32 partners = Partners<kDistance>(v, std::make_integer_sequence<int, kLanes>());
+    return MaxLane<kDistance / 2>(Max(v, partners));
+  }
 }
 
 // ---- Functions
