@@ -59,8 +59,9 @@ inline V LoadAs(const void* from) {
 inline F32 Load(const float* from) { return LoadAs<F32>(from); }
 inline void Store(float* to, F32 v) { memcpy(to, &v, sizeof(v)); }
 inline F32 Broadcast(float x) { return x - F32{}; }
-inline F32 Max(F32 a, F32 b) { return a > b ? a : b; }
 inline F32 Select(I32 mask, F32 a, F32 b) { return mask ? a : b; }
+// NaN if either is.
+inline F32 Max(F32 a, F32 b) { return Select((a > b) | (a != a), a, b); }
 inline F32 AsFloat(U32 bits) { return reinterpret_cast<F32>(bits); }
 inline U32 AsBits(F32 v) { return reinterpret_cast<U32>(v); }
 
