@@ -20,11 +20,13 @@ struct Upcoming {
   int64_t bytes;  // of a row
   int64_t begin, end;
 
-  // Whether a cache line of the rows begins at `offset`.
+  // Whether a cache line of the rows begins at `offset` (lines are counted from the row's start).
   bool HasLineAt(int64_t offset) const { return offset % 64 == 0 && offset < bytes; }
   // Inlined by force: GCC drops calls of a function that has no effect but a prefetch.
+  template <int kBytes>
   __attribute__((always_inline)) void Prefetch(int64_t j, int64_t offset) const {
-    if (j >= begin && j < end) __builtin_prefetch(rows[j] + offset, 0, 3);
+    if (j < begin || j >= end) return;
+    for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(rows[j] + offset + b, 0, 3);
   }
 };
 
@@ -103,7 +105,9 @@ void ScoreRows(const float* q, int64_t q_stride, const char* const* keys, int64_
       const int64_t offset = c * sizeof(Element);
       if (upcoming.HasLineAt(offset)) {
         JAX_ATTN_UNROLL
-        for (int i = 0; i < kKeys; ++i) upcoming.Prefetch(j + i, offset);
+        for (int i = 0; i < kKeys; ++i) {
+          upcoming.template Prefetch<kPair * sizeof(Element)>(j + i, offset);
+        }
       }
       add(c, kPair);
     }
@@ -143,7 +147,9 @@ inline void AccumulatePair(const float* p, const char* const* values, int64_t nu
     } else {
       LoadPartialPair<S>(value, rest, a, b);
     }
-    if constexpr (kFetch) upcoming.Prefetch(j, offset);
+    if constexpr (kFetch) {
+      upcoming.template Prefetch<kPair * sizeof(typename S::Element)>(j, offset);
+    }
     JAX_ATTN_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const F32 weight = Broadcast(p[r * kTileKeys + j]);
