@@ -121,7 +121,7 @@ def gather_pages(pages: jax.Array, page_table: jax.Array, layer: jax.Array | Non
     """Gathers `[(L,) P, page_size, ...]` to `[B, S, ...]`; ids outside the pool are clipped."""
     if layer is not None:
         pages = jax.lax.dynamic_index_in_dim(pages, layer, keepdims=False)
-    gathered = jnp.take(pages, page_table, axis=0, mode="clip")
+    gathered = pages.at[page_table].get(mode="clip")
     b, pages_per_sequence, page_size, *rest = gathered.shape
     return gathered.reshape(b, pages_per_sequence * page_size, *rest)
 
