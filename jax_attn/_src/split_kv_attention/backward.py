@@ -116,7 +116,8 @@ class _Chunk:
         self._size = size
         self._unit = unit
         if x.page_table is not None:
-            self._pages = jax.lax.dynamic_slice_in_dim(x.page_table, self._first, size, 1)
+            pages = jax.lax.dynamic_slice_in_dim(x.page_table, self._first, size, 1)
+            self._pages = stages.clip_page_ids(pages, x.key.shape[-4])
 
     @staticmethod
     def _units(x: Operands, options: Options) -> tuple[int, int, int]:
@@ -158,7 +159,7 @@ class _Chunk:
             old = jax.lax.dynamic_slice_in_dim(total, start, size, axis)
             return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, axis)
         if self._has_pages(name):
-            return total.at[self._page_index()].add(part, mode="clip")
+            return total.at[self._page_index()].add(part)
         return total + part
 
     def context(
@@ -204,9 +205,7 @@ class _Chunk:
         return self._pages if self._x.layer is None else (self._x.layer, self._pages)
 
     def _gather(self, pages: jax.Array) -> jax.Array:
-        num_pages = pages.shape[0 if self._x.layer is None else 1]
-        ids = jnp.clip(self._pages, 0, max(num_pages - 1, 0))
-        return pages[ids] if self._x.layer is None else pages[self._x.layer, ids]
+        return pages[self._page_index()]
 
     def _flatten_pages(self, gathered: jax.Array) -> jax.Array:
         """`[B, pages, page_size, K, H]`, or with K first, to `[B, S, K, H]`."""

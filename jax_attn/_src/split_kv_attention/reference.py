@@ -121,9 +121,14 @@ def gather_pages(pages: jax.Array, page_table: jax.Array, layer: jax.Array | Non
     """Gathers `[(L,) P, page_size, ...]` to `[B, S, ...]`; ids outside the pool are clipped."""
     if layer is not None:
         pages = jax.lax.dynamic_index_in_dim(pages, layer, keepdims=False)
-    gathered = pages.at[page_table].get(mode="clip")
+    gathered = pages[clip_page_ids(page_table, pages.shape[0])]
     b, pages_per_sequence, page_size, *rest = gathered.shape
     return gathered.reshape(b, pages_per_sequence * page_size, *rest)
+
+
+def clip_page_ids(page_table: jax.Array, num_pages: int) -> jax.Array:
+    """Page ids inside the pool; an id outside it is the caller's error, but reads no other memory."""
+    return jnp.clip(page_table, 0, max(num_pages - 1, 0))
 
 
 def dequantize(stored: jax.Array, scale: jax.Array | None) -> jax.Array:
