@@ -127,7 +127,7 @@ def gather_pages(pages: jax.Array, page_table: jax.Array, layer: jax.Array | Non
 
 
 def clip_page_ids(page_table: jax.Array, num_pages: int) -> jax.Array:
-    """Page ids inside the pool; an id outside it is the caller's error, but reads no other memory."""
+    """Page ids inside the pool. Others are the caller's error, but read no other memory."""
     return jnp.clip(page_table, 0, max(num_pages - 1, 0))
 
 
