@@ -37,10 +37,17 @@ struct KeyAddresses {
     head_bytes = x.head_stride * element;
   }
 
-  const char* Token(int64_t key) const {
-    if (pages == nullptr) return data + key * token_bytes;
-    return data + PageId(pages, key / page_size, num_pages) * page_bytes +
-           key % page_size * token_bytes;
+  // The addresses of `count` tokens from `key` on, page by page.
+  void Tokens(int64_t key, int64_t count, const char** out) const {
+    if (pages == nullptr) {
+      for (int64_t j = 0; j < count; ++j) out[j] = data + (key + j) * token_bytes;
+      return;
+    }
+    int64_t page = key / page_size, offset = key % page_size;
+    for (int64_t j = 0; j < count; ++page, offset = 0) {
+      const char* first = data + PageId(pages, page, num_pages) * page_bytes;
+      for (; offset < page_size && j < count; ++j, ++offset) out[j] = first + offset * token_bytes;
+    }
   }
 
   // Ids outside the pool are the caller's error; clipping them keeps every read inside it.
@@ -106,6 +113,7 @@ struct Sequence {
   const SplitItem& item;
   int64_t length;
   int64_t group;
+  KeyRange common;  // what all rows see, by everything but the mask
   KeyAddresses k, v;
   Scale k_scale, v_scale;
 
@@ -117,7 +125,11 @@ struct Sequence {
         k(p, p.key, item.batch_index, layer),
         v(p, p.value, item.batch_index, layer),
         k_scale(p, p.k_scale, item.batch_index, layer),
-        v_scale(p, p.v_scale, item.batch_index, layer) {}
+        v_scale(p, p.v_scale, item.batch_index, layer) {
+    // Both ends of what a query sees move forward with the query.
+    common.begin = VisibleKeys(p, length, QueryOf(item.rows.end - 1)).begin;
+    common.end = VisibleKeys(p, length, QueryOf(item.rows.begin)).end;
+  }
 
   int64_t QueryOf(int64_t row) const { return row / group; }
   int64_t HeadOf(int64_t kv_head, int64_t row) const { return kv_head * group + row % group; }
@@ -160,19 +172,36 @@ inline void PrepareTile(const Sequence& s, int64_t key, Tile& tile) {
     for (int64_t head = s.item.head_begin; masked && head < mask_heads_end; ++head) {
       SeenThroughMask(s, head, tile, seen);
     }
-    bool any = false;
-    for (int64_t j = 0; j < kTileKeys; ++j) {
-      const bool read = j < tile.num_keys && (!masked || seen[j]);
-      tile.k[j] = read ? s.k.Token(key + j) : nullptr;
-      tile.v[j] = read ? s.v.Token(key + j) : nullptr;
-      any |= read;
+    bool any = !masked;
+    for (int64_t j = 0; j < kTileKeys; ++j) any |= seen[j];
+    if (any) {
+      s.k.Tokens(key, tile.num_keys, tile.k);
+      s.v.Tokens(key, tile.num_keys, tile.v);
+      for (int64_t j = 0; j < kTileKeys; ++j) {
+        const bool read = j < tile.num_keys && (!masked || seen[j]);
+        if (!read) tile.k[j] = tile.v[j] = nullptr;
+      }
+      return;
     }
-    if (any) return;
     tile.num_keys = 0;
   }
 }
 
+// Whether every row sees every key of a full tile.
+inline bool SeenByAll(const Sequence& s, const Tile& tile) {
+  return s.p.mask.data == nullptr && tile.num_keys == kTileKeys &&
+         s.common.begin <= tile.first_key && tile.first_key + kTileKeys <= s.common.end;
+}
+
 inline void PrepareHead(const Sequence& s, const Tile& tile, int64_t head, HeadTile& out) {
+  if (SeenByAll(s, tile)) {
+    for (int64_t j = 0; j < kTileKeys; ++j) {
+      out.seen[j] = true;
+      out.k[j] = tile.k[j] + head * s.k.head_bytes;
+      out.v[j] = tile.v[j] + head * s.v.head_bytes;
+    }
+    return;
+  }
   const bool masked = s.p.mask.head_stride != 0;
   bool through_mask[kTileKeys] = {};
   if (masked) SeenThroughMask(s, head, tile, through_mask);
@@ -185,6 +214,10 @@ inline void PrepareHead(const Sequence& s, const Tile& tile, int64_t head, HeadT
 
 // Addresses of a head's keys to come, for prefetching.
 inline void UpcomingKeys(const Sequence& s, const Tile& tile, int64_t head, const char** rows) {
+  if (SeenByAll(s, tile)) {
+    for (int64_t j = 0; j < kTileKeys; ++j) rows[j] = tile.k[j] + head * s.k.head_bytes;
+    return;
+  }
   for (int64_t j = 0; j < kTileKeys; ++j) {
     const bool read = j < tile.num_keys && tile.k[j] != nullptr;
     rows[j] = read ? tile.k[j] + head * s.k.head_bytes : kZeroRow;

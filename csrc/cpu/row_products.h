@@ -14,21 +14,26 @@
 
 namespace jax_attn::cpu::JAX_ATTN_TARGET {
 
-// Rows [begin, end) to fetch into the cache while others are computed with.
+// Keys that fetches are decided for together.
+inline constexpr int64_t kFetchGroup = 4;
+
+// Rows [begin, end) to fetch into the cache, a line at a time, while others are computed with. Both
+// are multiples of kFetchGroup.
 struct Upcoming {
   const char* const* rows;
-  int64_t bytes;  // of a row
   int64_t begin, end;
 
-  // Whether a cache line of the rows begins at `offset` (lines are counted from the row's start).
-  bool HasLineAt(int64_t offset) const { return offset % 64 == 0 && offset < bytes; }
-  // Inlined by force: GCC drops calls of a function that has no effect but a prefetch.
-  template <int kBytes>
-  __attribute__((always_inline)) void Prefetch(int64_t j, int64_t offset) const {
-    if (j < begin || j >= end) return;
-    for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(rows[j] + offset + b, 0, 3);
-  }
+  bool Has(int64_t j) const { return begin <= j && j < end; }
 };
+
+// Fetches the lines that begin within kPair elements from `offset` bytes on. Inlined by force: GCC
+// drops calls of a function that has no effect but a prefetch.
+template <typename Element>
+__attribute__((always_inline)) inline void FetchPair(const char* row, int64_t offset) {
+  constexpr int kBytes = kPair * sizeof(Element);
+  if (kBytes < 64 && offset % 64 != 0) return;
+  for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(row + offset + b, 0, 3);
+}
 
 // Adds the products of kRows rows of queries with kKeys keys to their sums. Queries are floats in
 // the order of the storage.
@@ -46,48 +51,30 @@ inline void AddProducts(const float* q, int64_t q_stride, const typename S::Elem
   }
   JAX_ATTN_UNROLL
   for (int r = 0; r < kRows; ++r) {
-    const F32 qa = Load(q + r * q_stride + first);
-    const F32 qb = Load(q + r * q_stride + first + kLanes);
+    F32 qa = Load(q + r * q_stride + first);
+    Pin(qa);
     JAX_ATTN_UNROLL
     for (int i = 0; i < kKeys; ++i) sum[r * kKeys + i] += qa * a[i];
+    F32 qb = Load(q + r * q_stride + first + kLanes);
+    Pin(qb);
     JAX_ATTN_UNROLL
     for (int i = 0; i < kKeys; ++i) sum[r * kKeys + i] += qb * b[i];
   }
 }
 
-// The same where queries and keys are both bfloat16, and stay so.
-template <int kRows, int kKeys>
-inline void AddBFloat16Products(const float* q, int64_t q_stride, const uint16_t* const* k,
-                                int64_t first, int count, F32* sum) {
-  U32 words[kKeys];
-  JAX_ATTN_UNROLL
-  for (int i = 0; i < kKeys; ++i) {
-    uint16_t padded[kPair] = {};
-    if (count != kPair) memcpy(padded, k[i] + first, count * sizeof(uint16_t));
-    words[i] = LoadAs<U32>(count == kPair ? k[i] + first : padded);
-  }
-  JAX_ATTN_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    const U32 row = LoadAs<U32>(reinterpret_cast<const uint16_t*>(q + r * q_stride) + first);
-    JAX_ATTN_UNROLL
-    for (int i = 0; i < kKeys; ++i) {
-      sum[r * kKeys + i] = BFloat16Dot(sum[r * kKeys + i], row, words[i]);
-    }
-  }
-}
-
-// Scores kRows rows of queries against the keys of a tile: s[r][j] = q[r] . k[j]. kDot: queries
-// are bfloat16 in the memory of their floats.
-template <typename S, bool kDot, int kRows>
+// Scores kRows rows of queries against the keys of a tile: s[r][j] = q[r] . k[j].
+template <typename S, int kRows>
 void ScoreRows(const float* q, int64_t q_stride, const char* const* keys, int64_t num_keys,
                int64_t head_dim, float* s, const Upcoming& upcoming) {
   // Sums stay in registers: 8 of 16, or 16 of 32.
-  constexpr int kKeys = kRows == 4 && !kManyRegisters ? 2 : 4;
+  constexpr int kKeys = kRows == 8 || (kRows == 4 && !kManyRegisters) ? 2 : 4;
   constexpr int kSums = kRows * kKeys;
   using Element = typename S::Element;
   const int64_t whole = head_dim / kPair * kPair;
   const int rest = static_cast<int>(head_dim - whole);
   for (int64_t j = 0; j < num_keys; j += kKeys) {
+    const bool fetch = upcoming.Has(j);
+    const char* const* fetched = upcoming.rows + j;
     F32 sum[kSums];
     const Element* k[kKeys];
     JAX_ATTN_UNROLL
@@ -95,19 +82,12 @@ void ScoreRows(const float* q, int64_t q_stride, const char* const* keys, int64_
     JAX_ATTN_UNROLL
     for (int i = 0; i < kKeys; ++i) k[i] = reinterpret_cast<const Element*>(keys[j + i]);
     const auto add = [&](int64_t first, int count) {
-      if constexpr (kDot) {
-        AddBFloat16Products<kRows, kKeys>(q, q_stride, k, first, count, sum);
-      } else {
-        AddProducts<S, kRows, kKeys>(q, q_stride, k, first, count, sum);
-      }
+      AddProducts<S, kRows, kKeys>(q, q_stride, k, first, count, sum);
     };
     for (int64_t c = 0; c < whole; c += kPair) {
-      const int64_t offset = c * sizeof(Element);
-      if (upcoming.HasLineAt(offset)) {
+      if (fetch) {
         JAX_ATTN_UNROLL
-        for (int i = 0; i < kKeys; ++i) {
-          upcoming.template Prefetch<kPair * sizeof(Element)>(j + i, offset);
-        }
+        for (int i = 0; i < kKeys; ++i) FetchPair<Element>(fetched[i], c * sizeof(Element));
       }
       add(c, kPair);
     }
@@ -132,60 +112,73 @@ void ScoreRows(const float* q, int64_t q_stride, const char* const* keys, int64_
   }
 }
 
-// Adds p[r][j] * v[j] over the keys to the sums of kRows rows, for one pair of vectors.
-template <typename S, int kRows, bool kWhole, bool kFetch>
-inline void AccumulatePair(const float* p, const char* const* values, int64_t num_keys,
-                           int64_t offset, int rest, F32* sum, const Upcoming& upcoming) {
-  F32 total[2 * kRows];
+// Adds p[r][j] * v[j] over the keys to o[r], for kPairs pairs of vectors that begin at `column`; or
+// for a part of one pair, `rest` elements of it, if that is not 0.
+template <typename S, int kRows, int kPairs, bool kPartial>
+inline void AccumulateColumns(const float* p, const char* const* values, int64_t num_keys,
+                              int64_t column, int rest, float* o, int64_t o_stride,
+                              const Upcoming& upcoming) {
+  using Element = typename S::Element;
+  constexpr int kVectors = 2 * kPairs;
+  const int64_t offset = column * sizeof(Element);
+  F32 sum[kRows * kVectors];
   JAX_ATTN_UNROLL
-  for (int i = 0; i < 2 * kRows; ++i) total[i] = sum[i];
-  for (int64_t j = 0; j < num_keys; ++j) {
-    F32 a, b;
-    const auto* value = reinterpret_cast<const typename S::Element*>(values[j] + offset);
-    if constexpr (kWhole) {
-      S::LoadPair(value, a, b);
-    } else {
-      LoadPartialPair<S>(value, rest, a, b);
+  for (int i = 0; i < kRows * kVectors; ++i) {
+    sum[i] = Load(o + i / kVectors * o_stride + column + i % kVectors * kLanes);
+  }
+  for (int64_t first = 0; first < num_keys; first += kFetchGroup) {
+    if (!kPartial && upcoming.Has(first)) {
+      JAX_ATTN_UNROLL
+      for (int i = 0; i < kFetchGroup; ++i) {
+        JAX_ATTN_UNROLL
+        for (int pair = 0; pair < kPairs; ++pair) {
+          FetchPair<Element>(upcoming.rows[first + i], offset + pair * kPair * sizeof(Element));
+        }
+      }
     }
-    if constexpr (kFetch) {
-      upcoming.template Prefetch<kPair * sizeof(typename S::Element)>(j, offset);
-    }
-    JAX_ATTN_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      const F32 weight = Broadcast(p[r * kTileKeys + j]);
-      total[2 * r] += weight * a;
-      total[2 * r + 1] += weight * b;
+    for (int64_t j = first; j < first + kFetchGroup; ++j) {
+      const auto* value = reinterpret_cast<const Element*>(values[j] + offset);
+      F32 v[kVectors];
+      JAX_ATTN_UNROLL
+      for (int pair = 0; pair < kPairs; ++pair) {
+        if constexpr (kPartial) {
+          LoadPartialPair<S>(value, rest, v[0], v[1]);
+        } else {
+          S::LoadPair(value + pair * kPair, v[2 * pair], v[2 * pair + 1]);
+        }
+      }
+      JAX_ATTN_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const F32 weight = Broadcast(p[r * kTileKeys + j]);
+        JAX_ATTN_UNROLL
+        for (int i = 0; i < kVectors; ++i) sum[r * kVectors + i] += weight * v[i];
+      }
     }
   }
   JAX_ATTN_UNROLL
-  for (int i = 0; i < 2 * kRows; ++i) sum[i] = total[i];
+  for (int i = 0; i < kRows * kVectors; ++i) {
+    Store(o + i / kVectors * o_stride + column + i % kVectors * kLanes, sum[i]);
+  }
 }
 
-// Accumulates o[r] += sum over keys of p[r][j] * v[j].
+// Accumulates o[r] += sum over keys of p[r][j] * v[j]. The number of keys is a multiple of
+// kFetchGroup.
 template <typename S, int kRows>
 void AccumulateRows(const float* p, const char* const* values, int64_t num_keys, int64_t v_head_dim,
                     float* o, int64_t o_stride, const Upcoming& upcoming) {
-  for (int64_t c = 0; c < v_head_dim; c += kPair) {
-    F32 sum[2 * kRows];
-    JAX_ATTN_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      sum[2 * r] = Load(o + r * o_stride + c);
-      sum[2 * r + 1] = Load(o + r * o_stride + c + kLanes);
-    }
-    const int64_t offset = c * sizeof(typename S::Element);
+  // As many sums at once as registers hold, so that each has time before its next addition.
+  constexpr int kPairs = kRows <= (kManyRegisters ? 4 : 2) ? 2 : 1;
+  int64_t c = 0;
+  for (; c + kPairs * kPair <= v_head_dim; c += kPairs * kPair) {
+    AccumulateColumns<S, kRows, kPairs, false>(p, values, num_keys, c, 0, o, o_stride, upcoming);
+  }
+  if (kPairs > 1 && c + kPair <= v_head_dim) {
+    AccumulateColumns<S, kRows, 1, false>(p, values, num_keys, c, 0, o, o_stride, upcoming);
+    c += kPair;
+  }
+  if (c < v_head_dim) {
     const int rest = static_cast<int>(v_head_dim - c);
-    if (rest < kPair) {
-      AccumulatePair<S, kRows, false, false>(p, values, num_keys, offset, rest, sum, upcoming);
-    } else if (upcoming.HasLineAt(offset)) {
-      AccumulatePair<S, kRows, true, true>(p, values, num_keys, offset, rest, sum, upcoming);
-    } else {
-      AccumulatePair<S, kRows, true, false>(p, values, num_keys, offset, rest, sum, upcoming);
-    }
-    JAX_ATTN_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      Store(o + r * o_stride + c, sum[2 * r]);
-      Store(o + r * o_stride + c + kLanes, sum[2 * r + 1]);
-    }
+    AccumulateColumns<S, kRows, 1, true>(p, values, num_keys, c, rest, o, o_stride, upcoming);
   }
 }
 

@@ -58,23 +58,60 @@ inline V LoadAs(const void* from) {
 
 inline F32 Load(const float* from) { return LoadAs<F32>(from); }
 inline void Store(float* to, F32 v) { memcpy(to, &v, sizeof(v)); }
+// Keeps v in a register: compilers otherwise load it again for every use as an operand.
+inline void Pin(F32& v) {
+#if defined(__AVX512F__) && defined(__GNUC__)
+  asm("" : "+v"(v));
+#elif defined(__AVX2__) && defined(__GNUC__)
+  asm("" : "+x"(v));
+#else
+  (void)v;
+#endif
+}
 inline F32 Broadcast(float x) { return x - F32{}; }
 inline F32 Select(I32 mask, F32 a, F32 b) { return mask ? a : b; }
 // NaN if either is.
 inline F32 Max(F32 a, F32 b) { return Select((a > b) | (a != a), a, b); }
+// Whether any lane of a comparison's result is set.
+inline bool Any(I32 mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask));
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(mask)) != 0;
+#else
+  int32_t any = 0;
+  for (int i = 0; i < kLanes; ++i) any |= mask[i];
+  return any != 0;
+#endif
+}
 inline F32 AsFloat(U32 bits) { return reinterpret_cast<F32>(bits); }
 inline U32 AsBits(F32 v) { return reinterpret_cast<U32>(v); }
 
 // ---- Sums across lanes
 
+// Lanes with bit kDistance clear from x, the others from y. GCC would take one of the slower
+// shuffles for some distances.
 template <int kDistance, int... kLane>
-inline F32 Exchange(F32 x, F32 y, std::integer_sequence<int, kLane...>) {
-  // Lanes with bit kDistance clear come from x, the others from y; and each has its partner,
-  // kDistance away in the same source, added.
-  const F32 own = __builtin_shufflevector(x, y, (kLane & kDistance ? kLane + kLanes : kLane)...);
+inline F32 Blend(F32 x, F32 y, std::integer_sequence<int, kLane...>) {
+  constexpr unsigned kFromY = ((kLane & kDistance ? 1u << kLane : 0u) | ...);
+#if defined(__AVX512F__)
+  return reinterpret_cast<F32>(
+      _mm512_mask_blend_ps(kFromY, reinterpret_cast<__m512>(x), reinterpret_cast<__m512>(y)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<F32>(
+      _mm256_blend_ps(reinterpret_cast<__m256>(x), reinterpret_cast<__m256>(y), kFromY));
+#else
+  (void)kFromY;
+  return __builtin_shufflevector(x, y, (kLane & kDistance ? kLane + kLanes : kLane)...);
+#endif
+}
+
+template <int kDistance, int... kLane>
+inline F32 Exchange(F32 x, F32 y, std::integer_sequence<int, kLane...> lanes) {
+  // Each lane that Blend() takes has its partner, kDistance away in the same source, added.
   const F32 partner =
       __builtin_shufflevector(x, y, ((kLane & kDistance ? kLane + kLanes : kLane) ^ kDistance)...);
-  return own + partner;
+  return Blend<kDistance>(x, y, lanes) + partner;
 }
 
 template <int kDistance>
@@ -214,18 +251,6 @@ struct Storage<DType::kBFloat16> {
   }
 };
 
-// sum + the products of kPair pairs of bfloat16, summed in float32 two by two.
-#if defined(__AVX512BF16__)
-inline constexpr bool kHasBFloat16Dot = true;
-inline F32 BFloat16Dot(F32 sum, U32 a, U32 b) {
-  return reinterpret_cast<F32>(_mm512_dpbf16_ps(
-      reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
-}
-#else
-inline constexpr bool kHasBFloat16Dot = false;
-inline F32 BFloat16Dot(F32 sum, U32, U32) { return sum; }
-#endif
-
 // kLanes small integers, widened. Compilers do it one by one without being told.
 inline U32 Widen(const uint8_t* from) {
 #if defined(__AVX512F__)
@@ -326,10 +351,29 @@ inline void LoadPartialPair(const typename S::Element* from, int count, F32& a, 
   S::LoadPair(padded, a, b);
 }
 
-// Position, within a pair of vectors as a Storage loads them, of element i of kPair.
+template <int... kElement>
+inline void Interleave(F32& a, F32& b, std::integer_sequence<int, kElement...>) {
+  const F32 x = a, y = b;
+  a = __builtin_shufflevector(x, y, (kElement / 2 + kElement % 2 * kLanes)...);
+  b = __builtin_shufflevector(x, y, ((kElement + kLanes) / 2 + kElement % 2 * kLanes)...);
+}
+
+template <int... kElement>
+inline void Deinterleave(F32& a, F32& b, std::integer_sequence<int, kElement...>) {
+  const F32 x = a, y = b;
+  a = __builtin_shufflevector(x, y, (2 * kElement)...);
+  b = __builtin_shufflevector(x, y, (2 * kElement + 1)...);
+}
+
+// Brings a pair of vectors from the order in which a Storage loads them to that of the elements.
 template <typename S>
-inline int PairPosition(int i) {
-  return S::kInterleaved ? (i % 2) * kLanes + i / 2 : i;
+inline void ToElementOrder(F32& a, F32& b) {
+  if (S::kInterleaved) Interleave(a, b, std::make_integer_sequence<int, kLanes>());
+}
+
+template <typename S>
+inline void ToStorageOrder(F32& a, F32& b) {
+  if (S::kInterleaved) Deinterleave(a, b, std::make_integer_sequence<int, kLanes>());
 }
 
 }  // namespace jax_attn::cpu::JAX_ATTN_TARGET

@@ -10,9 +10,6 @@
 namespace jax_attn::cpu {
 
 #if defined(__x86_64__)
-namespace avx512_bf16 {
-extern const SplitKvKernels kSplitKvKernels;
-}
 namespace avx512 {
 extern const SplitKvKernels kSplitKvKernels;
 }
@@ -55,9 +52,6 @@ std::vector<const SplitKvKernels*> AvailableSplitKvKernels() {
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && __builtin_cpu_supports("avx512bf16")) {
-    kernels.push_back(&avx512_bf16::kSplitKvKernels);
-  }
   if (has_avx512) kernels.push_back(&avx512::kSplitKvKernels);
   if (has_avx2) kernels.push_back(&avx2::kSplitKvKernels);
 #endif
