@@ -282,40 +282,85 @@ struct SequentialStorage {
   }
 };
 
-template <>
-struct Storage<DType::kFloat16>
 #if defined(__F16C__) || defined(__ARM_NEON)
-{
-  using Element = uint16_t;
-  static constexpr bool kInterleaved = false;
-  static F32 Decode(const Element* from) {
+// kLanes float16, by an instruction.
+inline F32 HalfToFloat(U16 bits) {
 #if defined(__AVX512F__)
-    return reinterpret_cast<F32>(
-        // The unmasked form trips -Wmaybe-uninitialized inside GCC's own header.
-        _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+  // The unmasked form trips -Wmaybe-uninitialized inside GCC's own header.
+  return reinterpret_cast<F32>(_mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(bits)));
 #elif defined(__F16C__)
-    return reinterpret_cast<F32>(
-        _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+  return reinterpret_cast<F32>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(bits)));
 #else
-    return reinterpret_cast<F32>(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))));
+  return reinterpret_cast<F32>(vcvt_f32_f16(reinterpret_cast<float16x4_t>(bits)));
 #endif
-  }
-  static void LoadPair(const Element* from, F32& a, F32& b) {
-    a = Decode(from);
-    b = Decode(from + kLanes);
-  }
-};
-#else
-    : SequentialStorage<Storage<DType::kFloat16>> {
-  using Element = uint16_t;
-  static F32 Decode(U32 bits) { return DecodeIeee<5, 10, 15>(bits); }
-};
-#endif
+}
 
 template <>
-struct Storage<DType::kInt8> : SequentialStorage<Storage<DType::kInt8>> {
-  using Element = int8_t;
-  static F32 Decode(I32 v) { return __builtin_convertvector(v, F32); }
+struct Storage<DType::kFloat16> {
+  using Element = uint16_t;
+  static constexpr bool kInterleaved = false;
+  static void LoadPair(const Element* from, F32& a, F32& b) {
+    a = HalfToFloat(LoadAs<U16>(from));
+    b = HalfToFloat(LoadAs<U16>(from + kLanes));
+  }
+};
+
+// kPair bytes, sign extended.
+typedef int16_t I16Pair __attribute__((vector_size(2 * kPair)));
+inline I16Pair WidenPair(const int8_t* from) {
+#if defined(__AVX512BW__)
+  return reinterpret_cast<I16Pair>(_mm512_maskz_cvtepi8_epi16(~0u, LoadAs<__m256i>(from)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<I16Pair>(_mm256_cvtepi8_epi16(LoadAs<__m128i>(from)));
+#else
+  return reinterpret_cast<I16Pair>(vmovl_s8(vld1_s8(from)));
+#endif
+}
+
+// 8-bit floats become float16 of other exponents by shifts, subnormals included, and then floats.
+template <typename Derived>
+struct Float8Storage {
+  using Element = uint8_t;
+  static constexpr bool kInterleaved = false;
+  static void LoadPair(const Element* from, F32& a, F32& b) {
+    const I16Pair bits = Derived::Half(WidenPair(reinterpret_cast<const int8_t*>(from)));
+    U16 halves[2];
+    memcpy(halves, &bits, sizeof(bits));
+    a = HalfToFloat(halves[0]) * Derived::kUnit;
+    b = HalfToFloat(halves[1]) * Derived::kUnit;
+  }
+};
+
+template <>
+struct Storage<DType::kFloat8E5M2> : Float8Storage<Storage<DType::kFloat8E5M2>> {
+  static constexpr float kUnit = 1;
+  static I16Pair Half(I16Pair code) { return code << 8; }
+};
+
+// No infinities; 0x7f and 0xff are NaN.
+template <>
+struct Storage<DType::kFloat8E4M3FN> : Float8Storage<Storage<DType::kFloat8E4M3FN>> {
+  static constexpr float kUnit = 256;  // exponents are biased by 7, those of float16 by 15
+  static I16Pair Half(I16Pair code) {
+    const I16Pair is_nan = (code & 0x7f) == 0x7f;
+    return (((code << 7) & static_cast<int16_t>(0xbfff))) | is_nan;
+  }
+};
+
+// No infinities and no negative zero, whose code 0x80 is the only NaN.
+template <>
+struct Storage<DType::kFloat8E4M3FNUZ> : Float8Storage<Storage<DType::kFloat8E4M3FNUZ>> {
+  static constexpr float kUnit = 128;
+  static I16Pair Half(I16Pair code) {
+    const I16Pair is_nan = code == -128;
+    return ((code << 7) & static_cast<int16_t>(0xbfff)) | is_nan;
+  }
+};
+#else
+template <>
+struct Storage<DType::kFloat16> : SequentialStorage<Storage<DType::kFloat16>> {
+  using Element = uint16_t;
+  static F32 Decode(U32 bits) { return DecodeIeee<5, 10, 15>(bits); }
 };
 
 template <>
@@ -341,6 +386,13 @@ struct Storage<DType::kFloat8E4M3FNUZ> : SequentialStorage<Storage<DType::kFloat
   static F32 Decode(U32 bits) {
     return Select(reinterpret_cast<I32>(bits == 0x80u), QuietNan(), DecodeFinite<4, 3, 8>(bits));
   }
+};
+#endif
+
+template <>
+struct Storage<DType::kInt8> : SequentialStorage<Storage<DType::kInt8>> {
+  using Element = int8_t;
+  static F32 Decode(I32 v) { return __builtin_convertvector(v, F32); }
 };
 
 // The last, partial pair of a row: elements past its end read as 0.
