@@ -36,6 +36,7 @@ struct Capability {
 
 inline constexpr Capability kCapabilities[] = {
     {"split_kv_attention", "cpu", kFloats, kFloats | kQuantized, 8, 512},
+    {"fused_qkv_rope_cache", "cpu", kFloats, kFloats | kQuantized, 8, 512},
 };
 
 // Why the kernel of `op` on `platform` refuses a problem; empty if it takes it.

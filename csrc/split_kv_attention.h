@@ -9,41 +9,9 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "operand.h"
 
 namespace jax_attn {
-
-// The batch dimension of the op and the dimensions that vmap put in front of it.
-inline constexpr int kMaxBatchDims = 8;
-
-struct BatchShape {
-  int num_dims = 0;
-  int64_t sizes[kMaxBatchDims] = {};
-  int64_t count = 1;  // product of sizes
-};
-
-// Strides in elements; 0 where an operand does not have the dimension and is shared.
-struct BatchStrides {
-  int64_t strides[kMaxBatchDims] = {};
-
-  int64_t Offset(const BatchShape& shape, int64_t index) const {
-    int64_t offset = 0;
-    for (int d = shape.num_dims - 1; d >= 0; --d) {
-      offset += index % shape.sizes[d] * strides[d];
-      index /= shape.sizes[d];
-    }
-    return offset;
-  }
-};
-
-template <typename T>
-struct Operand {
-  const T* data = nullptr;  // null: absent
-  BatchStrides batch;
-
-  const T* At(const BatchShape& shape, int64_t index) const {
-    return data + batch.Offset(shape, index);
-  }
-};
 
 // Keys or values. Dense tensors have no pages: page_stride and layer_stride are 0.
 struct KvOperand {
@@ -53,16 +21,6 @@ struct KvOperand {
   int64_t layer_stride = 0;
   int64_t page_stride = 0;
   int64_t token_stride = 0;  // between tokens, inside a page if there are pages
-  int64_t head_stride = 0;
-};
-
-// Dequantisation factors, addressed like what they scale, less the head_dim.
-struct ScaleOperand {
-  const float* data = nullptr;
-  BatchStrides batch;
-  int64_t layer_stride = 0;
-  int64_t page_stride = 0;
-  int64_t token_stride = 0;  // 0: the same for all tokens
   int64_t head_stride = 0;
 };
 

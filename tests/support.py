@@ -13,6 +13,7 @@ import oracle
 import pytest
 
 import jax_attn
+from jax_attn._src.fused_qkv_rope_cache import primitive as fused_qkv
 from jax_attn._src.split_kv_attention import primitive
 
 INT_MAX = np.iinfo(np.int32).max
@@ -380,12 +381,12 @@ def paged(
 
 def use_variant(variant, patch):
     """Makes all calls use a variant of the kernel."""
-    attend = primitive.attend
+    for module, name in ((primitive, "attend"), (fused_qkv, "compute")):
 
-    def attend_with(operands, options):
-        return attend(operands, dataclasses.replace(options, variant=variant))
+        def with_variant(operands, options, function=getattr(module, name)):
+            return function(operands, dataclasses.replace(options, variant=variant))
 
-    patch.setattr(primitive, "attend", attend_with)
+        patch.setattr(module, name, with_variant)
 
 
 def struct(*shape, dtype="float32"):

@@ -15,7 +15,9 @@
 #include <utility>
 
 #include "../capability.h"
+#include "../ffi/fused_qkv_rope_cache.h"
 #include "../ffi/split_kv_attention.h"
+#include "fused_qkv_rope_cache.h"
 #include "split_kv_attention.h"
 #include "split_plan.h"
 #include "xla/ffi/api/ffi.h"
@@ -60,10 +62,32 @@ ffi::Error SplitKvAttention(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::Any
   return ffi::Error(ffi::ErrorCode::kInternal, std::string("split_kv_attention: ") + e.what());
 }
 
+ffi::Error FusedQkvRopeCache(ffi::ThreadPool pool, ffi::AnyBuffer qkv, ffi::AnyBuffer k_pages,
+                             ffi::AnyBuffer v_pages, ffi::AnyBuffer slot_mapping,
+                             ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> query,
+                             ffi::Result<ffi::AnyBuffer> key, ffi::Result<ffi::AnyBuffer> value,
+                             ffi::Result<ffi::AnyBuffer> k_pages_out,
+                             ffi::Result<ffi::AnyBuffer> v_pages_out, ffi::RemainingRets more,
+                             const FusedQkvRopeCacheAttrs& attrs) try {
+  FusedQkvRopeCacheParams params;
+  ffi::Error error = MakeFusedQkvRopeCacheParams(attrs, "cpu",
+                                                 {qkv, k_pages, v_pages, slot_mapping, rest, *query,
+                                                  *key, *value, *k_pages_out, *v_pages_out, more},
+                                                 params);
+  if (error.failure()) return error;
+  XlaExecutor executor(pool);
+  const std::string failure = LaunchFusedQkvRopeCache(params, attrs.variant, executor);
+  return failure.empty() ? ffi::Error::Success() : InvalidArgument("fused_qkv_rope_cache", failure);
+} catch (const std::exception& e) {
+  return ffi::Error(ffi::ErrorCode::kInternal, std::string("fused_qkv_rope_cache: ") + e.what());
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxAttnSplitKvAttentionCpu, SplitKvAttention,
                               SplitKvAttentionSchema(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxAttnFusedQkvRopeCacheCpu, FusedQkvRopeCache,
+                              FusedQkvRopeCacheSchema(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 
 namespace {
 
@@ -138,6 +162,8 @@ NB_MODULE(_cpu, m) {
     nb::dict handlers;
     handlers["jax_attn_split_kv_attention"] =
         nb::capsule(reinterpret_cast<void*>(JaxAttnSplitKvAttentionCpu));
+    handlers["jax_attn_fused_qkv_rope_cache"] =
+        nb::capsule(reinterpret_cast<void*>(JaxAttnFusedQkvRopeCacheCpu));
     return handlers;
   });
   m.def("capabilities", &Capabilities);

@@ -11,10 +11,11 @@ from typing import Any
 
 import jax
 
+from jax_attn._src.fused_qkv_rope_cache import primitive as fused_qkv
 from jax_attn._src.split_kv_attention import primitive as split_kv
 
-_OPERATIONS = (split_kv.operation,)
-_DESCRIBE = {split_kv.NAME: split_kv.describe}
+_OPERATIONS = (split_kv.operation, fused_qkv.operation)
+_DESCRIBE = {module.NAME: module.describe for module in (split_kv, fused_qkv)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,8 @@ class CallExplanation:
       platform: Where it runs, as JAX names platforms in lowering.
       implementation: "native" or "xla".
       variant: Variant of the native kernel, such as an instruction set; None for "xla".
-      num_splits: Parts that a context of full length is cut into; None for "xla".
+      num_splits: Parts that a context of full length is cut into; None for "xla", and where the
+        operation has no context.
       scratch_bytes: Workspace of the native kernel; None for "xla".
       bytes_moved: What has to be read and written at least, for contexts of full length.
       cache_copies: Copies of arrays like the keys or the values in the compiled program, such as
@@ -48,9 +50,11 @@ class CallExplanation:
     def __str__(self) -> str:
         lines = [f"{self.op} on {self.platform}: {self.implementation}"]
         if self.implementation == "native":
-            lines[0] += f" ({self.variant}, {self.num_splits} splits)"
+            splits = "" if self.num_splits is None else f", {self.num_splits} splits"
+            lines[0] += f" ({self.variant}{splits})"
             lines.append(f"  scratch: {self.scratch_bytes} bytes")
-        lines.append(f"  moves: {self.bytes_moved} bytes at full length")
+        at_full_length = "" if self.op == fused_qkv.NAME else " at full length"
+        lines.append(f"  moves: {self.bytes_moved} bytes{at_full_length}")
         if self.cache_copies:
             lines.append(f"  copies of the cache: {self.cache_copies}; is it donated?")
         lines += [f"  not {name}: {reason}" for name, reason in self.refused.items()]
@@ -115,7 +119,7 @@ def _explain_call(operation: Any, eqn: Any, platform: str, program: str | None) 
         "op": described.op,
         "platform": platform,
         "bytes_moved": described.bytes_moved,
-        "cache_copies": None if program is None else _copies(program, avals["key"], avals["value"]),
+        "cache_copies": None if program is None else _copies(program, *described.caches),
     }
     if isinstance(kernel, str):
         return CallExplanation(

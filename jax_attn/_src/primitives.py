@@ -21,6 +21,17 @@ from jax_attn._src import sharding
 # A shape and dtype.
 Aval = Any
 
+Arrays = Mapping[str, jax.Array]
+
+
+def _as_they_are(operands: Arrays, options: Any) -> Arrays:
+    del options
+    return operands
+
+
+def _join_nothing(operands: Arrays, options: Any) -> tuple[Arrays, Any]:
+    return operands, options
+
 
 def result_like(operand: Aval, shape: Sequence[int], dtype: Any) -> Aval:
     """Returns the type of a result that varies over the manual mesh axes that `operand` does."""
@@ -50,6 +61,40 @@ def _varying_axes(aval: Aval) -> frozenset[str]:
     return manual.varying if manual is not None else getattr(aval, "vma", frozenset())
 
 
+def under_vmap(
+    reference: Callable[..., Sequence[jax.Array]], rank: Callable[[str, Any], int]
+) -> Callable[..., Sequence[jax.Array]]:
+    """Returns `reference` for operands with the dimensions of vmap in front, which broadcast.
+
+    Args:
+      reference: `(operands by name, options)` to results, for operands without such dimensions.
+      rank: `(operand name, options)` to its dimensions without those of vmap.
+    """
+
+    def mapped_reference(operands: Arrays, options: Any) -> Sequence[jax.Array]:
+        extra = {name: x.ndim - rank(name, options) for name, x in operands.items()}
+        depth = max(extra.values())
+        if depth == 0:
+            return reference(operands, options)
+        outermost = {name: extra[name] == depth for name in operands}
+        size = max(operands[name].shape[0] for name in operands if outermost[name])
+        axes, mapped = {}, {}
+        for name, x in operands.items():
+            shared = not outermost[name] or x.shape[0] != size
+            axes[name] = None if shared else 0
+            mapped[name] = x[0] if shared and outermost[name] else x
+        return jax.vmap(lambda x: tuple(mapped_reference(x, options)), in_axes=(axes,))(mapped)
+
+    return mapped_reference
+
+
+def batch_shape(
+    avals: Mapping[str, Aval], rank: Callable[[str, Any], int], options: Any
+) -> tuple[int, ...]:
+    """Returns what the dimensions of vmap in front of the operands broadcast to."""
+    return np.broadcast_shapes(*[a.shape[: a.ndim - rank(n, options)] for n, a in avals.items()])
+
+
 def explicit_axes() -> tuple[Any, frozenset[str]]:
     """Returns the current mesh, and those of its axes over which arrays' types are sharded."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -66,6 +111,9 @@ class Operation:
     rule. It lowers to the inner one on shards, which lowers to the compiled kernel where there is
     one and to the reference elsewhere.
 
+    On a mesh an operand whose dimensions do not say how it can be sharded is split into arrays
+    that do, and these are joined again on each device.
+
     Both take operands in order and the static parameters `names`, the operands' names, and
     `options`.
     """
@@ -81,6 +129,9 @@ class Operation:
         rank: Callable[[str, Any], int],
         kernels: Mapping[str, Callable[..., Any]],
         refuse_fallback: Callable[[Any, str, str], None],
+        aliases: Callable[[Any], Mapping[str, int]] = lambda options: {},
+        split: Callable[[Arrays, Any], Arrays] = _as_they_are,
+        join: Callable[[Arrays, Any], tuple[Arrays, Any]] = _join_nothing,
     ):
         """Registers the primitives.
 
@@ -94,6 +145,10 @@ class Operation:
           kernels: For each platform, `(operand avals by name, result avals, options)` to either
             `(target, extra results, attributes)` or a string, the reason for refusal.
           refuse_fallback: `(options, platform, reason)` raises if the reference is not wanted.
+          aliases: `(options)` to the operands that are updated in place, with the index of the
+            result that each becomes. They have all dimensions of vmap.
+          split: `(operands by name, options)` to the arrays that `call` declares.
+          join: `(such arrays on a device, options)` to operands, and the options for them.
         """
         self.name = name
         self._operands = tuple(operands)
@@ -103,6 +158,9 @@ class Operation:
         self._kernels = kernels
         self._refuse_fallback = refuse_fallback
         self._results = results
+        self._aliases = aliases
+        self._split = split
+        self._join = join
 
         self._outer = self._make_primitive(name)
         self._inner = self._make_primitive(f"{name}_local")
@@ -165,6 +223,18 @@ class Operation:
                 missing = depth + 1 + self._rank(name, options) - np.ndim(arg)
                 arg = lax.expand_dims(arg, range(1, 1 + missing))
             mapped.append(arg)
+        extra = [
+            np.shape(arg)[: np.ndim(arg) - self._rank(name, options)]
+            for name, arg in zip(names, mapped, strict=True)
+        ]
+        batch = np.broadcast_shapes(*extra)
+        for i, name in enumerate(names):
+            if name in self._aliases(options) and extra[i] != batch:
+                # Each element of the batch updates a copy of its own.
+                core = np.shape(mapped[i])[len(extra[i]) :]
+                missing = range(len(batch) - len(extra[i]))
+                whole = lax.expand_dims(mapped[i], missing)
+                mapped[i] = jax.numpy.broadcast_to(whole, (*batch, *core))
         results = self._outer.bind(*mapped, names=names, options=options)
         return results, [0] * len(results)
 
@@ -174,17 +244,30 @@ class Operation:
         # not work; on one device there is nothing to partition, and without the callback programs
         # can be exported and cached.
         local = bool(getattr(axes, "manual_axes", None)) or getattr(axes, "num_devices", 0) == 1
-        inner = functools.partial(self._inner.bind, names=names, options=options)
-        function = inner if local else self._partitioned(names, options)
+        if local:
+            function = functools.partial(self._inner.bind, names=names, options=options)
+        else:
+
+            def function(*args: jax.Array) -> Any:
+                parts = self._split(dict(zip(names, args, strict=True)), options)
+                return self._partitioned(tuple(parts), options)(*parts.values())
+
         return mlir.lower_fun(function, multiple_results=True)(ctx, *args)
+
+    def _on_device(self, parts: Arrays, options: Any) -> tuple[jax.Array, ...]:
+        """The operation on shards."""
+        operands, options = self._join(parts, options)
+        names = tuple(operands)
+        return tuple(self._inner.bind(*operands.values(), names=names, options=options))
 
     @functools.cache  # noqa: B019
     def _partitioned(self, names: tuple[str, ...], options: Any) -> Any:
         """The operation on local shards, with its rules for the partitioner."""
 
-        @custom_partitioning
-        def local(*args: jax.Array) -> Any:
-            return tuple(self._inner.bind(*args, names=names, options=options))
+        def on_device(*args: jax.Array) -> tuple[jax.Array, ...]:
+            return self._on_device(dict(zip(names, args, strict=True)), options)
+
+        local = custom_partitioning(on_device)
 
         def call_of(operands: Sequence[Any], results: Sequence[Any]) -> sharding.Call:
             shapes = {name: _shape(x) for name, x in zip(names, operands, strict=True)}
@@ -202,7 +285,7 @@ class Operation:
 
             return (
                 mesh,
-                lambda *args: tuple(self._inner.bind(*args, names=names, options=options)),
+                on_device,
                 shardings(call.results),
                 shardings(call.operands),
             )
@@ -214,13 +297,14 @@ class Operation:
         local.def_partition(partition, sharding_rule=rule)
         return local
 
-    def sharded(self, operands: Mapping[str, jax.Array], options: Any) -> tuple[jax.Array, ...]:
+    def sharded(self, operands: Arrays, options: Any) -> tuple[jax.Array, ...]:
         """Applies the operation; in explicit mode on shards, with sharded types."""
         mesh, axes = explicit_axes()
         if not axes:
             return self.bind(operands, options)
+        results = self._results({name: jax.typeof(x) for name, x in operands.items()}, options)
+        operands = self._split(operands, options)
         avals = {name: jax.typeof(x) for name, x in operands.items()}
-        results = self._results(avals, options)
         call = self._call(
             {name: aval.shape for name, aval in avals.items()}, [r.shape for r in results], options
         )
@@ -231,7 +315,7 @@ class Operation:
         resharded = {name: jax.sharding.reshard(x, in_specs[name]) for name, x in operands.items()}
 
         def local(shards: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
-            return self.bind(varying_alike(shards), options)
+            return self.bind(*self._join(varying_alike(shards), options))
 
         return jax.shard_map(local, in_specs=(in_specs,), out_specs=out_specs, axis_names=axes)(
             resharded
@@ -253,7 +337,10 @@ class Operation:
             return mlir.lower_fun(fallback, multiple_results=True)(ctx, *args)
         target, extra_results, attributes = kernel
         avals_out = [*ctx.avals_out, *(ShapedArray(*extra) for extra in extra_results)]
-        lowered = jax.ffi.ffi_lowering(target)(
+        aliases = {
+            names.index(name): result for name, result in self._aliases(options).items()
+        }
+        lowered = jax.ffi.ffi_lowering(target, operand_output_aliases=aliases)(
             ctx.replace(avals_out=avals_out), *args, **attributes
         )
         return lowered[: len(ctx.avals_out)]

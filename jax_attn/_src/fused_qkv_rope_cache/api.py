@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_attn._src import checks, dtypes
-from jax_attn._src.fused_qkv_rope_cache import reference
+from jax_attn._src.fused_qkv_rope_cache import primitive
 from jax_attn._src.fused_qkv_rope_cache.problem import GATE_LAYOUTS, GateLayout, Operands, Options
 from jax_attn._src.implementation import IMPLEMENTATIONS, Implementation
 from jax_attn._src.kv_cache import PagedKVCache, check_cache
@@ -50,6 +50,7 @@ def fused_qkv_rope_cache(
     qk_norm: QKNorm | None = None,
     gate: GateLayout | None = None,
     layer: jax.Array | int | None = None,
+    dynamic_scales: bool = False,
     implementation: Implementation | None = None,
 ) -> FusedQKV:
     """Splits a QKV projection, normalises and rotates queries and keys, and fills the cache.
@@ -86,6 +87,9 @@ def fused_qkv_rope_cache(
         queries. None: there is no gate.
       layer: int32 index into the cache's layer axis; needed if and only if it has one. It may
         be traced; a traced layer outside the cache stores nothing.
+      dynamic_scales: Choose the scale of every stored row, the largest magnitude in it over the
+        largest number of the cache's dtype, and write it to the cache's scales, which must be
+        per token; rows of zeros get scale 1. Without it the cache's scales are read.
       implementation: "native" for the compiled kernel or an error, "xla" for the jax.numpy
         reference, None for the kernel where there is one.
 
@@ -111,38 +115,46 @@ def fused_qkv_rope_cache(
     dims.bind("slot_mapping", slot_mapping, "tokens")
     rope_options = _check_rope(dims, rope, positions, offsets)
     norm_options = _check_norm(dims, qk_norm)
-    if implementation == "native":
-        raise NotImplementedError(f"{op}: no compiled kernel for {op} in this version.")
+    _check_dynamic_scales(dims, dynamic_scales, cache, layer is not None)
 
-    query, gates, key, value, k_pages, v_pages = _reference(
+    found = primitive.compute(
         Operands(
             qkv=jnp.asarray(qkv),
             k_pages=jnp.asarray(cache.k_pages),
             v_pages=jnp.asarray(cache.v_pages),
             slot_mapping=_as_slots(slot_mapping),
             layer=layer,
-            positions=positions,
-            offsets=offsets,
-            cos=None if rope is None else rope.cos,
-            sin=None if rope is None else rope.sin,
-            q_weight=None if qk_norm is None else qk_norm.q_weight,
-            k_weight=None if qk_norm is None else qk_norm.k_weight,
-            k_scale=cache.k_scale,
-            v_scale=cache.v_scale,
+            positions=_as_array(positions),
+            offsets=_as_array(offsets),
+            cos=None if rope is None else _as_array(rope.cos),
+            sin=None if rope is None else _as_array(rope.sin),
+            q_weight=None if qk_norm is None else _as_array(qk_norm.q_weight),
+            k_weight=None if qk_norm is None else _as_array(qk_norm.k_weight),
+            k_scale=_as_array(cache.k_scale),
+            v_scale=_as_array(cache.v_scale),
         ),
-        options=Options(
+        Options(
             num_q_heads=int(num_q_heads),
             page_layout=cache.layout,
             gate=gate,
+            dynamic_scales=bool(dynamic_scales),
+            has_layers=layer is not None,
+            k_scale_rank=np.ndim(cache.k_scale),
+            v_scale_rank=np.ndim(cache.v_scale),
+            implementation=implementation,
             **rope_options,
             **norm_options,
         ),
     )
-    cache = dataclasses.replace(cache, k_pages=k_pages, v_pages=v_pages)
-    return FusedQKV(query, gates, key, value, cache)
+    updated = {name: found[name] for name in ("k_pages", "v_pages")}
+    if dynamic_scales:
+        updated |= {name: found[name] for name in ("k_scale", "v_scale")}
+    cache = dataclasses.replace(cache, **updated)
+    return FusedQKV(found["query"], found.get("gate"), found["key"], found["value"], cache)
 
 
-_reference = jax.jit(reference.reference, static_argnames="options")
+def _as_array(array: Any) -> jax.Array | None:
+    return None if array is None else jnp.asarray(array)
 
 
 def _as_slots(slot_mapping: Any) -> jax.Array:
@@ -270,3 +282,21 @@ def _check_norm(dims: checks.Dims, norm: Any) -> dict[str, Any]:
         "norm_scope": norm.scope,
         "normalize_v": norm.normalize_v,
     }
+
+
+def _check_dynamic_scales(
+    dims: checks.Dims, dynamic_scales: Any, cache: PagedKVCache, has_layers: bool
+) -> None:
+    op = dims.op
+    checks.check_choice(op, "dynamic_scales", dynamic_scales, (False, True))
+    if not dynamic_scales:
+        return
+    checks.check_dtype(op, "cache.k_pages", cache.k_pages, dtypes.QUANTIZED_DTYPES)
+    for name in ("k_scale", "v_scale"):
+        scale = getattr(cache, name)
+        if np.ndim(scale) != (4 if has_layers else 3):
+            shape = "None" if scale is None else f"shape {np.shape(scale)}"
+            raise ValueError(
+                f"{op}: dynamic_scales needs `cache.{name}` per token, with shape "
+                f"{cache.k_pages.shape[:-1]}, got {shape}."
+            )

@@ -7,6 +7,7 @@ from typing import Literal
 
 import jax
 
+from jax_attn._src.implementation import Implementation
 from jax_attn._src.kv_cache import PageLayout
 from jax_attn._src.qk_norm import NormScope
 from jax_attn._src.rope import TableWidth
@@ -38,6 +39,29 @@ class Operands:
     k_scale: jax.Array | None = None  # float32 [], [K], [L, K] or k_pages.shape[:-1]
     v_scale: jax.Array | None = None
 
+    def present(self) -> dict[str, jax.Array]:
+        """The operands that are given, by name, in order."""
+        named = {name: getattr(self, name) for name in OPERAND_NAMES}
+        return {name: array for name, array in named.items() if array is not None}
+
+
+OPERAND_NAMES = tuple(field.name for field in dataclasses.fields(Operands))
+
+# Dimensions of each operand without those that vmap adds in front. Positions, and scales, may have
+# others.
+OPERAND_RANKS = {
+    "qkv": 2,
+    "k_pages": 4,
+    "v_pages": 4,
+    "slot_mapping": 1,
+    "layer": 0,
+    "offsets": 1,
+    "cos": 2,
+    "sin": 2,
+    "q_weight": 1,
+    "k_weight": 1,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -56,3 +80,24 @@ class Options:
     weight_offset: float = 0.0
     norm_scope: NormScope = "head"
     normalize_v: bool = False
+    dynamic_scales: bool = False
+    has_layers: bool = False
+    k_scale_rank: int = 0
+    v_scale_rank: int = 0
+    implementation: Implementation | None = None
+    variant: str = ""  # instruction set of the CPU kernel, empty for the best; tests choose it
+
+    @property
+    def result_names(self) -> tuple[str, ...]:
+        """Names of the results, in order."""
+        gate = () if self.gate is None else ("gate",)
+        scales = ("k_scale", "v_scale") if self.dynamic_scales else ()
+        return ("query", "key", "value", "k_pages", "v_pages", *gate, *scales)
+
+    def rank(self, name: str) -> int:
+        """Dimensions of operand `name` without those that vmap adds in front."""
+        if name in ("k_scale", "v_scale"):
+            return getattr(self, f"{name}_rank")
+        if name == "positions":
+            return 1 if self.mrope_sections is None else 2
+        return OPERAND_RANKS[name] + (self.has_layers and name in ("k_pages", "v_pages"))

@@ -18,10 +18,8 @@ from jax_attn._src.kv_cache import PageLayout
 Slots = tuple[jax.Array, jax.Array]
 
 
-def reference(
-    x: Operands, options: Options
-) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Returns query `[tokens, N, H]`, gate or None, key, value, and both updated page pools."""
+def reference(x: Operands, options: Options) -> dict[str, jax.Array]:
+    """Returns the results by name: query `[tokens, N, H]`, gate, key, value, pages and scales."""
     query, gate, key, value = split(x, options)
     dtype = x.qkv.dtype
     query, key = query.astype(jnp.float32), key.astype(jnp.float32)
@@ -39,15 +37,25 @@ def reference(
     # dtype of qkv, being allowed excess precision, and quantise the float32 value.
     key, value = lax.optimization_barrier((key, value))
 
+    results = {"query": query, "key": key, "value": value}
+    if gate is not None:
+        results["gate"] = gate
     slots = locate(x, options)
-    return (
-        query,
-        gate,
-        key,
-        value,
-        store(key, x.k_pages, x.k_scale, slots, x, options),
-        store(value, x.v_pages, x.v_scale, slots, x, options),
-    )
+    for name, new, pages, scale in (
+        ("k", key, x.k_pages, x.k_scale),
+        ("v", value, x.v_pages, x.v_scale),
+    ):
+        divisor = None
+        if options.dynamic_scales:
+            assert scale is not None
+            divisor = dynamic_scale(new, pages.dtype)
+            at = index(slots, x.layer, options.page_layout)
+            written = scale.at[at].set(divisor[..., 0], mode="drop", unique_indices=True)
+            results[f"{name}_scale"] = written
+        elif scale is not None:
+            divisor = scale_of(scale, slots, x.layer, options.page_layout)
+        results[f"{name}_pages"] = store(new, pages, divisor, slots, x, options)
+    return results
 
 
 def split(
@@ -182,18 +190,26 @@ def index(slots: Slots, layer: jax.Array | None, layout: PageLayout) -> tuple:
 def store(
     new: jax.Array,
     pages: jax.Array,
-    scale: jax.Array | None,
+    divisor: jax.Array | None,
     slots: Slots,
     x: Operands,
     options: Options,
 ) -> jax.Array:
     """Returns `pages` with `new`, `[tokens, K, head_dim]`, divided by the scale and quantised."""
-    if scale is not None:
-        new = new.astype(jnp.float32) / scale_of(scale, slots, x.layer, options.page_layout)
+    if divisor is not None:
+        new = new.astype(jnp.float32) / divisor
     # In place if it can be. XLA on CPU has no scatter of 8-bit floats (nor, when old, of
     # bfloat16): it converts all pages to a wider type and back, in the same memory.
     at = index(slots, x.layer, options.page_layout)
     return pages.at[at].set(quantize(new, pages.dtype), mode="drop", unique_indices=True)
+
+
+def dynamic_scale(new: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Returns the scale that makes the largest number of each row the largest of `dtype`."""
+    top = jnp.max(jnp.abs(new.astype(jnp.float32)), axis=-1, keepdims=True)
+    scale = top / largest_of(dtype)
+    # Rows of zeros, and of numbers whose scale a float32 cannot hold.
+    return jnp.where(scale < float(jnp.finfo(jnp.float32).tiny), 1.0, scale)
 
 
 def scale_of(
@@ -217,5 +233,9 @@ def quantize(values: jax.Array, dtype: jnp.dtype) -> jax.Array:
     if dtype == jnp.int8:
         values = jnp.where(jnp.isnan(values), 0.0, jnp.round(values))
         return jnp.clip(values, -128.0, 127.0).astype(dtype)
-    largest = float(jnp.finfo(dtype).max)
-    return jnp.clip(values, -largest, largest).astype(dtype)
+    return jnp.clip(values, -largest_of(dtype), largest_of(dtype)).astype(dtype)
+
+
+def largest_of(dtype: jnp.dtype) -> float:
+    """Returns the largest finite number of a quantised dtype."""
+    return 127.0 if dtype == jnp.int8 else float(jnp.finfo(dtype).max)

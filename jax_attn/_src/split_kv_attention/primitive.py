@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Split-KV attention as JAX sees it: result types, gradients, sharding and choice of kernel."""
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_attn._src import primitives, registration, sharding
+from jax_attn._src.description import Description
 from jax_attn._src.split_kv_attention import backward, reference
 from jax_attn._src.split_kv_attention.problem import OPERAND_NAMES, Operands, Options
 
@@ -80,11 +80,13 @@ def _attend_backward(options: Options, residuals: Any, cotangents: Any) -> Any:
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+def _rank(name: str, options: Options) -> int:
+    return options.rank(name)
+
+
 def _results(avals: Mapping[str, Any], options: Options) -> Sequence[Any]:
     query = avals["query"]
-    batch = np.broadcast_shapes(
-        *[a.shape[: len(a.shape) - options.rank(name)] for name, a in avals.items()]
-    )
+    batch = primitives.batch_shape(avals, _rank, options)
     b, t, n, _ = query.shape[-4:]
     v_head_dim = avals["value"].shape[-1]
     return (
@@ -94,19 +96,7 @@ def _results(avals: Mapping[str, Any], options: Options) -> Sequence[Any]:
 
 
 def _reference(operands: Mapping[str, jax.Array], options: Options) -> Sequence[jax.Array]:
-    """The reference under the vmap dimensions of the operands, which broadcast."""
-    extra = {name: x.ndim - options.rank(name) for name, x in operands.items()}
-    depth = max(extra.values())
-    if depth == 0:
-        return reference.reference(Operands(**operands), options)
-    outermost = {name: extra[name] == depth for name in operands}
-    size = max(operands[name].shape[0] for name in operands if outermost[name])
-    axes, mapped = {}, {}
-    for name, x in operands.items():
-        shared = not outermost[name] or x.shape[0] != size
-        axes[name] = None if shared else 0
-        mapped[name] = x[0] if shared and outermost[name] else x
-    return jax.vmap(lambda x: tuple(_reference(x, options)), in_axes=(axes,))(mapped)
+    return reference.reference(Operands(**operands), options)
 
 
 def _call(
@@ -200,16 +190,6 @@ def kernel_plan(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Description:
-    """What `explain` tells of a call besides which implementation runs."""
-
-    op: str
-    bytes_moved: int
-    variant: str | None
-    num_splits: int | None
-
-
 def describe(
     platform: str, avals: Mapping[str, Any], results: Sequence[Any], options: Options
 ) -> Description:
@@ -233,6 +213,7 @@ def describe(
         bytes_moved=sum(context_sizes) + rows,
         variant=(options.variant or module.variants()[0]) if module else None,
         num_splits=plan.get("num_splits"),
+        caches=(key, value),
     )
 
 
@@ -253,9 +234,9 @@ operation = primitives.Operation(
     NAME,
     operands=OPERAND_NAMES,
     results=_results,
-    reference=_reference,
+    reference=primitives.under_vmap(_reference, _rank),
     call=_call,
-    rank=lambda name, options: options.rank(name),
+    rank=_rank,
     kernels={"cpu": _cpu_kernel},
     refuse_fallback=_refuse_fallback,
 )
