@@ -104,8 +104,8 @@ inline F32 InverseSqrt(F32 v) {
 #elif defined(__AVX2__)
   const F32 root = reinterpret_cast<F32>(_mm256_sqrt_ps(reinterpret_cast<__m256>(v)));
 #else
-  F32 root;
-  for (int i = 0; i < kLanes; ++i) root[i] = __builtin_sqrtf(v[i]);
+  F32 root = v;
+  for (int i = 0; i < kLanes; ++i) root[i] = __builtin_sqrtf(root[i]);
 #endif
   return 1.0f / root;
 }
