@@ -20,6 +20,11 @@ EVERYTHING = {"gate": "interleaved", "norm": "weight", "rotary": "first", "posit
 QUANTIZED = qkv_oracle.QUANTIZED
 
 
+@pytest.fixture(autouse=True)
+def chosen(implementation, monkeypatch):
+    monkeypatch.setattr(Problem, "implementation", implementation)
+
+
 def case_id(case):
     return "-".join(str(value).replace(" ", "") for value in case.values())
 
@@ -115,17 +120,6 @@ def test_quantised_caches_saturate(cache_dtype, scale):
     if scale is None:
         rounded = [0, 4, -2] if cache_dtype == "int8" else [0, 3.5, -2.5]  # to even
         np.testing.assert_array_equal(stored[5:], rounded)
-
-
-def test_implementations():
-    problem = Problem()
-    arrays, keywords = problem.arguments()
-    default = problem.call(arrays, keywords)
-    chosen = problem.call(arrays, {**keywords, "implementation": "xla"})
-    jax.tree.map(np.testing.assert_array_equal, default, chosen)
-    message = "fused_qkv_rope_cache: no compiled kernel for fused_qkv_rope_cache in this version."
-    with pytest.raises(NotImplementedError, match=re.escape(message)):
-        problem.call(arrays, {**keywords, "implementation": "native"})
 
 
 def test_positions_outside_the_table_are_clipped():

@@ -19,7 +19,10 @@ INT_MAX = np.iinfo(np.int32).max
 
 # Compiling takes nearly all of the time, LLVM's optimisations half of it.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-compiled = jit(fused_qkv_rope_cache, static_argnames=("num_q_heads", "gate", "implementation"))
+compiled = jit(
+    fused_qkv_rope_cache,
+    static_argnames=("num_q_heads", "gate", "dynamic_scales", "implementation"),
+)
 
 # The first value of each option is the plain one.
 CHOICES = {
@@ -30,7 +33,7 @@ CHOICES = {
     "dtype": ["float32", "bfloat16", "float16"],
     "gate": [None, "interleaved", "blocked"],
     "layout": ["NHD", "HND"],
-    "scale": [None, "scalar", "head", "token"],
+    "scale": [None, "scalar", "head", "token", "dynamic"],
     "layers": [None, 3],
     "norm": [None, "weight", "one_plus", "all_heads", "weightless_and_v"],
     "pairing": ["halves", "neighbours", None],
@@ -65,7 +68,10 @@ def covering():
                     ),
                 )
         todo -= set(itertools.combinations(sorted(chosen.items()), 2))
-        cases.append({name: CHOICES[name][chosen[a]] for a, name in enumerate(names)})
+        case = {name: CHOICES[name][chosen[a]] for a, name in enumerate(names)}
+        if case["cache_dtype"] not in qkv_oracle.QUANTIZED and case["scale"] == "dynamic":
+            case["scale"] = "token"
+        cases.append(case)
     return cases
 
 
@@ -78,6 +84,8 @@ class Problem:
 
     Slots include one token that is skipped at each end of the cache, and a duplicate.
     """
+
+    implementation = None  # tests set it for all problems
 
     def __init__(self, tokens=8, seed=0, slot_mapping=None, **options):
         o = {**PLAIN, **options}
@@ -97,7 +105,8 @@ class Problem:
             rng.integers(0, 256, (*pages, d * cache_dtype.itemsize), np.uint8).view(cache_dtype)
             for d in (h, hv)
         )
-        shape = {"scalar": (), "head": (*lead, k), "token": pages}
+        shape = {"scalar": (), "head": (*lead, k), "token": pages, "dynamic": pages}
+        self.dynamic_scales = o["scale"] == "dynamic"
         self.k_scale = self.v_scale = None
         if o["scale"] is not None:
             self.k_scale, self.v_scale = (
@@ -172,7 +181,13 @@ class Problem:
 
     def call(self, arrays, keywords, function=fused_qkv_rope_cache):
         """The call itself, with the static arguments filled in."""
-        return function(*arrays, num_q_heads=self.x["num_q_heads"], gate=self.x["gate"], **keywords)
+        static = {
+            "num_q_heads": self.x["num_q_heads"],
+            "gate": self.x["gate"],
+            "dynamic_scales": self.dynamic_scales,
+            "implementation": self.implementation,
+        }
+        return function(*arrays, **{**static, **keywords})
 
     def run(self):
         return self.call(*self.arguments(), function=compiled)
@@ -196,13 +211,21 @@ class Problem:
             pages = getattr(self, f"{name}_pages")
             new = np.asarray(got.key if name == "k" else got.value)
             stored = getattr(got.cache, f"{name}_pages")
+            got_scale = getattr(got.cache, f"{name}_scale")
+            if self.dynamic_scales:
+                wanted = qkv_oracle.row_scales(new, pages.dtype)[..., None]
+                where = self.slot_mapping, self.layout
+                scale = qkv_oracle.fill_pages(scale[..., None], wanted, *where, None, self.layer)
+                scale = scale[..., 0]
+                assert ulps(got_scale, scale).max(initial=0) <= 1
+            else:
+                np.testing.assert_array_equal(got_scale, scale)
             filled = qkv_oracle.fill_pages(
                 pages, new, self.slot_mapping, self.layout, scale, self.layer
             )
             assert stored.dtype == pages.dtype
             # XLA may divide by multiplying with the reciprocal.
             assert ulps(stored, filled).max(initial=0) <= (scale is not None), name
-            np.testing.assert_array_equal(getattr(got.cache, f"{name}_scale"), scale)
 
 
 def _on_device(a):

@@ -126,6 +126,13 @@ def fill_pages(pages, new, slot_mapping, layout, scale=None, layer=None):
     return pages
 
 
+def row_scales(new, dtype):
+    """Returns the scale of each row, so that its largest number is the largest of `dtype`."""
+    largest = 127 if dtype.name == "int8" else float(ml_dtypes.finfo(dtype).max)
+    scales = np.abs(new.astype(np.float64)).max(axis=-1) / largest
+    return np.where(scales < np.finfo(np.float32).tiny, 1, scales).astype(np.float32)
+
+
 def quantize(value, dtype):
     """Casts to `dtype`; quantised formats saturate, and NaN is 0 in int8."""
     if dtype.name not in QUANTIZED:
