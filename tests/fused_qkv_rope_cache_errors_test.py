@@ -96,6 +96,7 @@ def _call(**changes):
 ROPE = Rope(jnp.ones((5, 4)), jnp.ones((5, 4)))
 NORM = QKNorm(jnp.ones(8), jnp.ones(8), 1e-6)
 CACHE = PagedKVCache.zeros(2, 4, 2, 8, dtype=jnp.float32)
+INT8 = PagedKVCache.zeros(2, 4, 2, 8, dtype=jnp.int8)
 LAYERED = PagedKVCache.zeros(2, 4, 2, 8, num_layers=3, dtype=jnp.float32)
 INTS = jnp.arange(3, dtype=jnp.int32)
 
@@ -174,6 +175,25 @@ ERRORS = [
         "`cache.k_scale` must have shape [], [num_kv_heads] or [num_pages, page_size, "
         "num_kv_heads], got (3, 2)",
         cache(k_scale=jnp.ones((3, 2))),
+    ),
+    (ValueError, "dynamic_scales must be False or True, got None", {"dynamic_scales": None}),
+    (
+        TypeError,
+        "`cache.k_pages` must be int8, float8_e4m3fn, float8_e4m3fnuz or float8_e5m2, got float32",
+        {"dynamic_scales": True},
+    ),
+    (
+        ValueError,
+        "dynamic_scales needs `cache.k_scale` per token, with shape (2, 4, 2), got None.",
+        {"dynamic_scales": True, "cache": INT8},
+    ),
+    (
+        ValueError,
+        "dynamic_scales needs `cache.v_scale` per token, with shape (2, 4, 2), got shape (2,).",
+        {
+            "dynamic_scales": True,
+            "cache": dataclasses.replace(INT8, k_scale=jnp.ones((2, 4, 2)), v_scale=jnp.ones(2)),
+        },
     ),
     (ValueError, "`cache.k_pages` has a layer axis", {"cache": LAYERED}),
     (ValueError, "layer=3 is outside the cache's 3 layers", {"cache": LAYERED, "layer": 3}),

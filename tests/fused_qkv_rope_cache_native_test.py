@@ -462,5 +462,3 @@ def test_remat_and_cond():
     expected, expected_gradient = jax.jit(jax.value_and_grad(loss))(qkv, True)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5, atol=1e-5)
-
-

@@ -382,11 +382,13 @@ def paged(
 def use_variant(variant, patch):
     """Makes all calls use a variant of the kernel."""
     for module, name in ((primitive, "attend"), (fused_qkv, "compute")):
+        patch.setattr(
+            module, name, functools.partial(_call_variant, getattr(module, name), variant)
+        )
 
-        def with_variant(operands, options, function=getattr(module, name)):
-            return function(operands, dataclasses.replace(options, variant=variant))
 
-        patch.setattr(module, name, with_variant)
+def _call_variant(function, variant, operands, options):
+    return function(operands, dataclasses.replace(options, variant=variant))
 
 
 def struct(*shape, dtype="float32"):
