@@ -115,7 +115,9 @@ def main():
             for dtype in ("float32", "float8_e4m3fn"):
                 write_guarded(layout, dtype, 1, garbage, 2)
                 for layer in (-1, LAYERS, INT_MAX):
-                    write_guarded(layout, dtype, layer, lambda size, _: [size // 2, 3 * size // 2], 2)
+                    write_guarded(
+                        layout, dtype, layer, lambda size, _: [size // 2, 3 * size // 2], 2
+                    )
     print("nothing else was touched")
 
 

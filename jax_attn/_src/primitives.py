@@ -24,12 +24,8 @@ Aval = Any
 Arrays = Mapping[str, jax.Array]
 
 
-def _as_they_are(operands: Arrays, options: Any) -> Arrays:
-    del options
-    return operands
-
-
-def _join_nothing(operands: Arrays, options: Any) -> tuple[Arrays, Any]:
+def _as_they_are(operands: Arrays, options: Any, position: sharding.Position) -> tuple[Arrays, Any]:
+    del position
     return operands, options
 
 
@@ -111,8 +107,8 @@ class Operation:
     rule. It lowers to the inner one on shards, which lowers to the compiled kernel where there is
     one and to the reference elsewhere.
 
-    On a mesh an operand whose dimensions do not say how it can be sharded is split into arrays
-    that do, and these are joined again on each device.
+    An operand may be replicated although each device needs only a part of it; then `localize`
+    takes that part.
 
     Both take operands in order and the static parameters `names`, the operands' names, and
     `options`.
@@ -130,8 +126,7 @@ class Operation:
         kernels: Mapping[str, Callable[..., Any]],
         refuse_fallback: Callable[[Any, str, str], None],
         aliases: Callable[[Any], Mapping[str, int]] = lambda options: {},
-        split: Callable[[Arrays, Any], Arrays] = _as_they_are,
-        join: Callable[[Arrays, Any], tuple[Arrays, Any]] = _join_nothing,
+        localize: Callable[[Arrays, Any, sharding.Position], tuple[Arrays, Any]] = _as_they_are,
     ):
         """Registers the primitives.
 
@@ -147,8 +142,8 @@ class Operation:
           refuse_fallback: `(options, platform, reason)` raises if the reference is not wanted.
           aliases: `(options)` to the operands that are updated in place, with the index of the
             result that each becomes. They have all dimensions of vmap.
-          split: `(operands by name, options)` to the arrays that `call` declares.
-          join: `(such arrays on a device, options)` to operands, and the options for them.
+          localize: `(shards by name, options, position in the mesh)` to the operands of a device,
+            and the options for them.
         """
         self.name = name
         self._operands = tuple(operands)
@@ -159,8 +154,7 @@ class Operation:
         self._refuse_fallback = refuse_fallback
         self._results = results
         self._aliases = aliases
-        self._split = split
-        self._join = join
+        self._localize = localize
 
         self._outer = self._make_primitive(name)
         self._inner = self._make_primitive(f"{name}_local")
@@ -244,30 +238,17 @@ class Operation:
         # not work; on one device there is nothing to partition, and without the callback programs
         # can be exported and cached.
         local = bool(getattr(axes, "manual_axes", None)) or getattr(axes, "num_devices", 0) == 1
-        if local:
-            function = functools.partial(self._inner.bind, names=names, options=options)
-        else:
-
-            def function(*args: jax.Array) -> Any:
-                parts = self._split(dict(zip(names, args, strict=True)), options)
-                return self._partitioned(tuple(parts), options)(*parts.values())
-
+        inner = functools.partial(self._inner.bind, names=names, options=options)
+        function = inner if local else self._partitioned(names, options)
         return mlir.lower_fun(function, multiple_results=True)(ctx, *args)
-
-    def _on_device(self, parts: Arrays, options: Any) -> tuple[jax.Array, ...]:
-        """The operation on shards."""
-        operands, options = self._join(parts, options)
-        names = tuple(operands)
-        return tuple(self._inner.bind(*operands.values(), names=names, options=options))
 
     @functools.cache  # noqa: B019
     def _partitioned(self, names: tuple[str, ...], options: Any) -> Any:
         """The operation on local shards, with its rules for the partitioner."""
 
-        def on_device(*args: jax.Array) -> tuple[jax.Array, ...]:
-            return self._on_device(dict(zip(names, args, strict=True)), options)
-
-        local = custom_partitioning(on_device)
+        @custom_partitioning
+        def local(*args: jax.Array) -> Any:
+            return tuple(self._inner.bind(*args, names=names, options=options))
 
         def call_of(operands: Sequence[Any], results: Sequence[Any]) -> sharding.Call:
             shapes = {name: _shape(x) for name, x in zip(names, operands, strict=True)}
@@ -282,6 +263,13 @@ class Operation:
 
             def shardings(arrays: Mapping[str, Any]) -> tuple[NamedSharding, ...]:
                 return tuple(NamedSharding(mesh, call.partition_spec(a, plan)) for a in arrays)
+
+            position = sharding.Position(plan, mesh.shape)
+
+            def on_device(*args: jax.Array) -> tuple[jax.Array, ...]:
+                shards = dict(zip(names, args, strict=True))
+                own, own_options = self._localize(shards, options, position)
+                return tuple(self._inner.bind(*own.values(), names=names, options=own_options))
 
             return (
                 mesh,
@@ -302,9 +290,8 @@ class Operation:
         mesh, axes = explicit_axes()
         if not axes:
             return self.bind(operands, options)
-        results = self._results({name: jax.typeof(x) for name, x in operands.items()}, options)
-        operands = self._split(operands, options)
         avals = {name: jax.typeof(x) for name, x in operands.items()}
+        results = self._results(avals, options)
         call = self._call(
             {name: aval.shape for name, aval in avals.items()}, [r.shape for r in results], options
         )
@@ -315,7 +302,8 @@ class Operation:
         resharded = {name: jax.sharding.reshard(x, in_specs[name]) for name, x in operands.items()}
 
         def local(shards: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
-            return self.bind(*self._join(varying_alike(shards), options))
+            position = sharding.Position(plan, sizes)
+            return self.bind(*self._localize(varying_alike(shards), options, position))
 
         return jax.shard_map(local, in_specs=(in_specs,), out_specs=out_specs, axis_names=axes)(
             resharded
@@ -337,9 +325,7 @@ class Operation:
             return mlir.lower_fun(fallback, multiple_results=True)(ctx, *args)
         target, extra_results, attributes = kernel
         avals_out = [*ctx.avals_out, *(ShapedArray(*extra) for extra in extra_results)]
-        aliases = {
-            names.index(name): result for name, result in self._aliases(options).items()
-        }
+        aliases = {names.index(name): result for name, result in self._aliases(options).items()}
         lowered = jax.ffi.ffi_lowering(target, operand_output_aliases=aliases)(
             ctx.replace(avals_out=avals_out), *args, **attributes
         )

@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+from jax import lax
 from jax.sharding import PartitionSpec
 
 # Mesh axes along one dimension.
@@ -129,6 +131,27 @@ class Call:
             for factors, size in zip(self._factors(array), shape, strict=True)
             if factors == [factor]
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where a device is in a mesh over which dimension names are sharded.
+
+    Attributes:
+      plan: Mesh axes of each name that is sharded.
+      axis_sizes: Sizes of the mesh axes.
+    """
+
+    plan: Mapping[str, Axes]
+    axis_sizes: Mapping[str, int]
+
+    def count(self, name: str) -> int:
+        """Shards of a name."""
+        return math.prod(self.axis_sizes[axis] for axis in self.plan.get(name, ()))
+
+    def index(self, name: str) -> jax.Array:
+        """Which of the shards of a name, which must be sharded, this device has."""
+        return lax.axis_index(self.plan[name])
 
 
 def _parse(text: str) -> list[list[str]]:

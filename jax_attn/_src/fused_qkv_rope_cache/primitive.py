@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jax_attn._src import primitives, registration, sharding
 from jax_attn._src.description import Description
@@ -26,10 +27,7 @@ _SCOPE_CODE = {"head": 1, "all_heads": 2}
 
 _QUERIES = "token (kv_head group) head_dim"
 _ARRAYS = {
-    "queries": "token (kv_head group) query_column",  # with the gates, if interleaved
-    "gates": _QUERIES,
-    "keys": "token kv_head head_dim",
-    "values": "token kv_head v_head_dim",
+    "qkv": "token column",  # a part of the columns is not a part of the heads
     "slot_mapping": "token",
     "layer": "",
     "offsets": "token",
@@ -149,41 +147,41 @@ def _aliases(options: Options) -> dict[str, int]:
     return {name: i for i, name in enumerate(options.result_names) if name in updated}
 
 
-def _split(operands: Mapping[str, jax.Array], options: Options) -> dict[str, jax.Array]:
-    """Splits qkv into its heads: a part of its columns has some heads of each kind or none."""
-    rest = dict(operands)
-    qkv, n, h = rest.pop("qkv"), options.num_q_heads, rest["k_pages"].shape[-1]
-    k = rest["k_pages"].shape[-2 if options.page_layout == "NHD" else -3]
-    _, axes = primitives.explicit_axes()
-    if axes:
-        spec = jax.typeof(qkv).sharding.spec
-        qkv = jax.sharding.reshard(qkv, jax.sharding.PartitionSpec(*spec[:-1], None))
-    lead = qkv.shape[:-1]
-    parts, begin = {}, 0
-    widths = {"queries": (n, 2 * h if options.gate == "interleaved" else h)}
-    if options.gate == "blocked":
-        widths["gates"] = (n, h)
-    widths |= {"keys": (k, h), "values": (k, rest["v_pages"].shape[-1])}
-    for name, (heads, width) in widths.items():
-        columns = qkv[..., begin : begin + heads * width]
-        parts[name] = columns.reshape(*lead, heads, width)
-        begin += heads * width
-    return parts | rest
+def _localize(
+    shards: Mapping[str, jax.Array], options: Options, position: sharding.Position
+) -> tuple[dict[str, jax.Array], Options]:
+    """Takes the columns of the heads of a device out of qkv."""
+    operands = dict(shards)
+    sharded = "kv_head" if position.count("kv_head") > 1 else "group"
+    count = position.count(sharded)
+    if count == 1:
+        return operands, options
+    h = operands["k_pages"].shape[-1]
+    # Pages are shards already; heads of the only kv head are on all devices.
+    k = operands["k_pages"].shape[-2 if options.page_layout == "NHD" else -3]
+    n, index = options.num_q_heads // count, position.index(sharded)
+    query_sizes = {None: [h], "interleaved": [2 * h], "blocked": [h, h]}[options.gate]
+    columns, begin = [], 0
+    for heads, size, shards_of_it in (
+        *((n, size, count) for size in query_sizes),
+        *((k, a.shape[-1], count if sharded == "kv_head" else 1) for a in _pages(operands)),
+    ):
+        own = begin + (index * (heads * size) if shards_of_it > 1 else 0)
+        columns.append(lax.dynamic_slice_in_dim(operands["qkv"], own, heads * size, axis=-1))
+        begin += heads * size * shards_of_it
+    operands["qkv"] = jnp.concatenate(columns, axis=-1)
+    return operands, dataclasses.replace(options, num_q_heads=n)
 
 
-def _join(parts: Mapping[str, jax.Array], options: Options) -> tuple[dict[str, Any], Options]:
-    """Packs heads, such as those of a device, into a qkv."""
-    rest = dict(parts)
-    heads = [rest.pop(name) for name in ("queries", "gates", "keys", "values") if name in rest]
-    columns = [x.reshape(*x.shape[:-2], -1) for x in heads]
-    local = dataclasses.replace(options, num_q_heads=parts["queries"].shape[-2])
-    return {"qkv": jnp.concatenate(columns, axis=-1), **rest}, local
+def _pages(operands: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    return operands["k_pages"], operands["v_pages"]
 
 
 def _call(
     shapes: Mapping[str, tuple[int, ...]], results: Sequence[tuple[int, ...]], options: Options
 ) -> sharding.Call:
-    heads, kv_heads = shapes["queries"][-2], shapes["keys"][-2]
+    heads = options.num_q_heads
+    kv_heads = shapes["k_pages"][-2 if options.page_layout == "NHD" else -3]
     pages = _PAGES[options.page_layout].removeprefix("" if options.has_layers else "layer_index ")
     arrays = dict(_ARRAYS) | {"k_pages": f"{pages} head_dim", "v_pages": f"{pages} v_head_dim"}
     arrays["positions"] = "token" if options.mrope_sections is None else "position_axis token"
@@ -292,6 +290,5 @@ operation = primitives.Operation(
     kernels={"cpu": _cpu_kernel},
     refuse_fallback=_refuse_fallback,
     aliases=_aliases,
-    split=_split,
-    join=_join,
+    localize=_localize,
 )
