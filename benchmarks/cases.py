@@ -72,6 +72,16 @@ class Case:
         return kv * _item_size(self.stored_dtype) + qo * _item_size(self.dtype)
 
     @property
+    def shape(self) -> dict[str, Any]:
+        """What a report says of the case."""
+        sizes = (self.batch, self.query_len, self.num_q_heads, self.num_kv_heads)
+        return {
+            "shape_btnksh": [*sizes, self.context, self.head_dim],
+            "page_size": self.page_size,
+            "kv_len": self.kv_len,
+        }
+
+    @property
     def allocated_bytes(self) -> int:
         """Bytes of the whole cache."""
         elements = 2 * self.batch * self.kv_len * self.num_kv_heads * self.head_dim

@@ -158,6 +158,33 @@ def readers(device: Device, num_bytes: int, num_sets: int) -> dict[str, Runner]:
     return found
 
 
+def copiers(device: Device, size: int) -> dict[str, Runner]:
+    """Returns passes that copy `size` bytes from one place to another, by name."""
+    if device.platform == "gpu":
+        copy = jax.jit(lambda old, x: x + 1, donate_argnums=0)
+        state = [jnp.zeros((size,), jnp.int8), jnp.zeros((size,), jnp.int8)]
+
+        def step() -> jax.Array:
+            state[0] = copy(state[0], state[1])
+            return state[0]
+
+        return {"jnp, donated": Runner([step], jax.block_until_ready)}
+    source, target = np.ones(size, np.uint8), np.zeros(size, np.uint8)
+    pairs = zip(*(np.array_split(a, device.num_cores) for a in (target, source)), strict=True)
+    chunks = list(pairs)
+    found = {
+        "numpy.copyto, threads": Runner(
+            [lambda: list(_POOL.map(lambda pair: np.copyto(*pair), chunks))], _ready
+        )
+    }
+    if importlib.util.find_spec("torch"):
+        import torch
+
+        tensors = torch.from_numpy(target), torch.from_numpy(source)
+        found["torch.copy_"] = Runner([lambda: tensors[0].copy_(tensors[1])], _ready)
+    return found
+
+
 def native_read_bandwidth(device: Device, num_bytes: int) -> float | None:
     """Bytes per second of the CPU module's own read pass, None without one."""
     if device.platform != "cpu":

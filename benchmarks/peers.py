@@ -60,6 +60,11 @@ def ours(case: Case, x: Inputs, implementation: Any) -> jax.Array:
     return jax_attn.split_kv_attention(x.query, x.key, x.value, **options)
 
 
+def expected(case: Case, x: Inputs) -> np.ndarray:
+    """What all implementations must return, in float32."""
+    return np.asarray(jax.jit(lambda x: ours(case, x.in_float32(), "xla"))(x))
+
+
 def jax_nn(case: Case, x: Inputs, implementation: Any) -> jax.Array:
     """`jax.nn.dot_product_attention`, over gathered pages and dequantised keys."""
     key, value = dense(x)
@@ -176,7 +181,8 @@ def _package_missing(package: str) -> str | None:
     return None if importlib.util.find_spec(package) else f"package {package} is not installed"
 
 
-def _torch_missing(device: Device) -> str | None:
+def torch_missing(device: Device) -> str | None:
+    """Why PyTorch cannot be used, None if it can."""
     return _package_missing("torch") or peers_torch.missing(device)
 
 
@@ -195,7 +201,7 @@ def _torch_peer(name: str, title: str, **arrangement: bool) -> Peer:
         masks = [visible(case, x) if case.needs_mask else None for x in sets]
         return peers_torch.prepare(case, device, sets, masks, **arrangement)
 
-    return Peer(name, title, _torch_missing, _torch_unsupported, prepare, peers_torch.output)
+    return Peer(name, title, torch_missing, _torch_unsupported, prepare, peers_torch.output)
 
 
 OURS = "ours_native"

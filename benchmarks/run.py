@@ -1,15 +1,16 @@
 # Copyright 2026 The jax_attn Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Times attention decode: this package, its peers, and how fast the machine can read.
+"""Times this package and its peers, and how fast the machine can read or copy.
 
     python benchmarks/run.py [--case REGEX] [--peer REGEX] [--json FILE] [--plot FILE] [--quick]
 
-The ceiling of a case is a pass that only reads, over as many bytes as the case must move and in
-turn with the implementations. Results are compared with a float32 reference before anything is
-timed.
+The ceiling of a case is a pass that only reads (attention) or copies (fused QKV) as many bytes as
+the case must move, in turn with the implementations. Results are compared with a float32 reference
+before anything is timed.
 """
 
 import argparse
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -17,15 +18,15 @@ import pathlib
 import platform
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import cases
 import device as device_lib
-import jax
+import fused_qkv
 import numpy as np
 import peers
 import plot
-from cases import CASES, Case, make_inputs
 
 # Relative Frobenius errors that rounding explains: of 16-bit probabilities and results, and of
 # float32 sums in another order (GPU matrix units round float32 inputs further).
@@ -35,6 +36,48 @@ TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 2e-3}
 TURNS, TURN_SECONDS = 10, 0.15
 QUICK_TURNS, QUICK_TURN_SECONDS = 3, 0.01
 QUICK_MAX_BYTES = 150 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """What is timed: problems of one operation and its implementations.
+
+    Attributes:
+      cases: The problems.
+      peers: The implementations.
+      make_inputs: `(case, seed)` to the arrays of a case.
+      expected: `(case, inputs)` to what implementations must return.
+      ceilings: `(device, bytes, input sets)` to passes that only move bytes, by name.
+      moves: What such a pass does.
+    """
+
+    cases: Sequence[Any]
+    peers: Sequence[peers.Peer]
+    make_inputs: Callable[[Any, int], Any]
+    expected: Callable[[Any, Any], np.ndarray]
+    ceilings: Callable[[device_lib.Device, int, int], dict[str, device_lib.Runner]]
+    moves: str
+
+
+OPERATIONS = (
+    Operation(
+        cases.CASES,
+        peers.PEERS,
+        cases.make_inputs,
+        peers.expected,
+        device_lib.readers,
+        "read",
+    ),
+    Operation(
+        fused_qkv.CASES,
+        fused_qkv.PEERS,
+        fused_qkv.make_inputs,
+        fused_qkv.expected,
+        fused_qkv.ceilings,
+        "copy",
+    ),
+)
+CASES = [case for operation in OPERATIONS for case in operation.cases]
 
 # Load per core above which timings say more about other processes.
 MAX_LOAD = 0.3
@@ -54,23 +97,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if header["load_per_core"] is not None and header["load_per_core"] > MAX_LOAD:
         print(f"WARNING   not an idle machine: load {header['load_per_core']:.1f} per core")
 
-    chosen, missing = [], []
-    for peer in peers.PEERS:
-        if re.search(arguments.peer, peer.name):
-            reason = peer.missing(device)
-            chosen += [peer] if reason is None else []
-            missing += [] if reason is None else [{"peer": peer.name, "reason": reason}]
-    for entry in missing:
-        print(f"missing   {entry['peer']}: {entry['reason']}")
-
+    missing: list[dict[str, str]] = []
     results = []
-    for case in select(arguments.case, device):
-        if arguments.quick and case.allocated_bytes > QUICK_MAX_BYTES:
-            print(f"\n{case.name}: left out by --quick", flush=True)
-            continue
-        rows = measure(case, chosen, device, arguments.quick)
-        print_case(case, rows)
-        results += rows
+    selected = select(arguments.case, device)
+    for operation in OPERATIONS:
+        own = [case for case in selected if case in operation.cases]
+        chosen = []
+        for peer in operation.peers if own else ():
+            if re.search(arguments.peer, peer.name):
+                reason = peer.missing(device)
+                chosen += [peer] if reason is None else []
+                missing += [] if reason is None else [{"peer": peer.name, "reason": reason}]
+                if reason is not None:
+                    print(f"missing   {peer.name}: {reason}")
+        for case in own:
+            if arguments.quick and case.allocated_bytes > QUICK_MAX_BYTES:
+                print(f"\n{case.name}: left out by --quick", flush=True)
+                continue
+            rows = measure(operation, case, chosen, device, arguments.quick)
+            print_case(case, rows)
+            results += rows
     report = {"header": header | {"quick": arguments.quick, "missing": missing}, "results": results}
     if arguments.json:
         pathlib.Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
@@ -79,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(any(row["status"] in ("wrong", "failed") for row in results))
 
 
-def select(pattern: str | None, device: device_lib.Device) -> list[Case]:
+def select(pattern: str | None, device: device_lib.Device) -> list[Any]:
     """Cases whose name matches; without a pattern, those meant for the platform."""
     if pattern is None:
         return [case for case in CASES if device.platform in case.platforms]
@@ -87,12 +133,16 @@ def select(pattern: str | None, device: device_lib.Device) -> list[Case]:
 
 
 def measure(
-    case: Case, chosen: Sequence[peers.Peer], device: device_lib.Device, quick: bool
+    operation: Operation,
+    case: Any,
+    chosen: Sequence[peers.Peer],
+    device: device_lib.Device,
+    quick: bool,
 ) -> list[dict[str, Any]]:
     """Checks and times the implementations of a case, and returns a row for each."""
     num_sets = device.num_sets(case.num_bytes, case.allocated_bytes) if case.rotate else 1
-    sets = [make_inputs(case, seed) for seed in range(num_sets)]
-    expected = np.asarray(jax.jit(lambda x: peers.ours(case, x.in_float32(), "xla"))(sets[0]))
+    sets = [operation.make_inputs(case, seed) for seed in range(num_sets)]
+    expected = operation.expected(case, sets[0])
     rows: list[dict[str, Any]] = []
     runners: dict[str, device_lib.Runner] = {}
     for peer in chosen:
@@ -113,26 +163,32 @@ def measure(
             row |= {"status": "failed", "reason": f"{type(e).__name__}: {e}"}
         else:
             row["error"] = error
-            if error <= TOLERANCE[case.dtype]:
+            if error <= tolerance(case):
                 runners[peer.name] = runner
                 row["status"] = "timed"
             else:
                 row |= {"status": "wrong", "reason": f"relative error {error:.1e}"}
     turns, seconds = (QUICK_TURNS, QUICK_TURN_SECONDS) if quick else (TURNS, TURN_SECONDS)
-    readers = device_lib.readers(device, case.num_bytes, num_sets)
-    samples = device_lib.take_turns(runners | readers, device, turns, seconds)
+    ceilings = operation.ceilings(device, case.num_bytes, num_sets)
+    samples = device_lib.take_turns(runners | ceilings, device, turns, seconds)
 
-    rates = {name: case.num_bytes / float(np.median(samples[name])) for name in readers}
+    rates = {name: case.num_bytes / float(np.median(samples[name])) for name in ceilings}
     native = device_lib.native_read_bandwidth(device, case.num_bytes)
-    if native is not None:
+    if native is not None and operation.moves == "read":
         rates["native"] = native
-    reader = max(rates, key=lambda name: rates[name])
+    fastest = max(rates, key=lambda name: rates[name])
     ours = samples.get(peers.OURS)
     for row in rows:
         if row["status"] == "timed":
-            row |= _statistics(samples[row["peer"]], case, rates[reader], ours)
-            row["ceiling_by"] = reader
+            row |= _statistics(samples[row["peer"]], case, rates[fastest], ours)
+            row["ceiling_by"] = fastest
     return rows
+
+
+def tolerance(case: Any) -> float:
+    """Relative error that rounding explains; of the formats of 8 bits it is larger."""
+    stored = case.stored_dtype
+    return max(TOLERANCE[case.dtype], TOLERANCE.get(stored, 0) if stored in TOLERANCE else 0.05)
 
 
 def relative_error(out: np.ndarray, expected: np.ndarray) -> float:
@@ -157,7 +213,7 @@ def describe(device: device_lib.Device) -> dict[str, Any]:
     }
 
 
-def print_case(case: Case, rows: Sequence[dict[str, Any]]) -> None:
+def print_case(case: Any, rows: Sequence[dict[str, Any]]) -> None:
     """Prints the table of a case."""
     timed = [row for row in rows if row["status"] == "timed"]
     ceiling = ""
@@ -177,25 +233,22 @@ def print_case(case: Case, rows: Sequence[dict[str, Any]]) -> None:
         print(f"  {row['peer']:<18}" + "".join(f"{cell:>11}" for cell in cells), flush=True)
 
 
-def _identity(case: Case, peer: peers.Peer, num_sets: int) -> dict[str, Any]:
-    shape = (case.batch, case.query_len, case.num_q_heads, case.num_kv_heads)
+def _identity(case: Any, peer: peers.Peer, num_sets: int) -> dict[str, Any]:
     return {
         "case": case.name,
         "model": case.model,
         "peer": peer.name,
         "title": peer.title,
-        "shape_btnksh": [*shape, case.context, case.head_dim],
+        **case.shape,
         "dtype": case.dtype,
         "cache_dtype": case.stored_dtype,
-        "page_size": case.page_size,
-        "kv_len": case.kv_len,
         "bytes": case.num_bytes,
         "input_sets": num_sets,
     }
 
 
 def _statistics(
-    samples: list[float], case: Case, ceiling: float, ours: list[float] | None
+    samples: list[float], case: Any, ceiling: float, ours: list[float] | None
 ) -> dict[str, Any]:
     p10, median, p90 = (float(t) for t in np.percentile(samples, (10, 50, 90)))
     return {

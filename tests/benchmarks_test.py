@@ -57,7 +57,7 @@ def test_paged_and_quantised_caches_agree(run, tmp_path):
 def test_queued_calls_give_the_same_results(run):
     # A GPU is timed by one program that does all input sets; it runs on CPU too.
     (case,) = run.select("smoke_f32", None)
-    sets = [run.make_inputs(case, seed) for seed in range(3)]
+    sets = [run.cases.make_inputs(case, seed) for seed in range(3)]
     queue = run.device_lib.Device("gpu", "", 1 << 20, 1)
     (peer,) = [peer for peer in run.peers.PEERS if peer.name == "ours_xla"]
     runner = peer.prepare(case, queue, sets)
@@ -66,6 +66,18 @@ def test_queued_calls_give_the_same_results(run):
     for x, out in zip(sets, outs, strict=True):
         expected = run.peers.ours(case, x, "xla")
         assert run.relative_error(peer.output(out), np.asarray(expected)) < 1e-5
+
+
+def test_fused_qkv_peers_agree(run, tmp_path):
+    path = tmp_path / "report.json"
+    peers = "^(ours_native|ours_xla)$"
+    assert run.main(["--case", "qkv_smoke", "--peer", peers, "--json", str(path), "--quick"]) == 0
+    rows = json.loads(path.read_text())["results"]
+    assert {row["peer"] for row in rows} == {"ours_native", "ours_xla"}
+    assert {row["status"] for row in rows} <= {"timed", "missing"}
+    for row in rows:
+        # 12 heads of 32 read and written, 4 stored.
+        assert row["bytes"] == 5 * 4 * 32 * (12 + 12 + 4) and row["ceiling_by"]
 
 
 def test_case_names_are_unique(run):

@@ -61,7 +61,8 @@ constexpr int64_t kStreamBytes = int64_t{16} << 20;
 constexpr int64_t kCopyBytes = int64_t{1} << 20;
 
 const FusedQkvKernels* FindKernels(std::string_view variant) {
-  for (const SplitKvKernels* available : AvailableSplitKvKernels()) {
+  static const std::vector<const SplitKvKernels*> all = AvailableSplitKvKernels();
+  for (const SplitKvKernels* available : all) {
     if (!variant.empty() && variant != available->name) continue;
     for (const FusedQkvKernels* kernels : kKernels) {
       if (std::strcmp(kernels->name, available->name) == 0) return kernels;
