@@ -273,6 +273,11 @@ ERRORS = {
         {"rest": {"q_weight": zeros(32)}},
         r"q_weight has shape \[32\], expected \[8\]",
     ),
+    "weight_without_norm": (
+        "plain",
+        {"rest": {"k_weight": zeros(8)}},
+        "k_weight is given without a norm",
+    ),
     "weight_of_all_heads": (
         "norm",
         {"rest": {"k_weight": zeros(8)}, "norm_scope": np.int32(2)},

@@ -250,6 +250,7 @@ class Reader : BufferReader {
 
   void ReadWeight(std::string_view name, ffi::AnyBuffer buffer, int64_t heads,
                   FloatOperand& weight) {
+    if (p_.norm_scope == NormScope::kNone) Fail(std::string(name) + " is given without a norm");
     const Dimensions dims = buffer.dimensions();
     const int64_t size = p_.norm_scope == NormScope::kAllHeads ? heads * p_.head_dim : p_.head_dim;
     Expect(name, dims, dims.size() >= 1 && Last(dims, 1) == size, "[" + std::to_string(size) + "]");
