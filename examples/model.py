@@ -171,6 +171,7 @@ def decode(
     rope: jax_attn.Rope,
     *,
     implementation: str | None = None,
+    qkv_implementation: str | None = None,
 ) -> tuple[jax.Array, jax_attn.PagedKVCache]:
     """Runs new tokens over the cached ones before them: prefill and decoding alike.
 
@@ -186,7 +187,9 @@ def decode(
       page_table: int32 `[batch, max_pages]`, with pages for the new tokens too.
       kv_lengths: int32 `[batch]`, tokens of each context with the new ones.
       rope: Tables of `make_rope`.
-      implementation: "native", "xla", or None for the compiled kernels where there are some.
+      implementation: Of the attention: "native", "xla", or None for the compiled kernels where
+        there are some.
+      qkv_implementation: Of the pass from the QKV projection to the cache, likewise.
 
     Returns:
       Hidden states `[batch, length, hidden_size]`, for `unembed`, and the updated cache.
@@ -214,7 +217,7 @@ def decode(
             rope=rope,
             qk_norm=norm,
             layer=index,
-            implementation=implementation,
+            implementation=qkv_implementation,
         )
         out = jax_attn.paged_attention(
             new.query.reshape(batch, length, c.num_q_heads, c.head_dim),

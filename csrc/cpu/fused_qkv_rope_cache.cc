@@ -13,9 +13,6 @@
 namespace jax_attn::cpu {
 
 #if defined(__x86_64__)
-namespace avx512_bf16 {
-extern const FusedQkvKernels kFusedQkvKernels;
-}
 namespace avx512 {
 extern const FusedQkvKernels kFusedQkvKernels;
 }
@@ -37,7 +34,6 @@ namespace {
 
 constexpr const FusedQkvKernels* kKernels[] = {
 #if defined(__x86_64__)
-    &avx512_bf16::kFusedQkvKernels,
     &avx512::kFusedQkvKernels,
     &avx2::kFusedQkvKernels,
 #endif

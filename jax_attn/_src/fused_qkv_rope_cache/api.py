@@ -63,7 +63,8 @@ def fused_qkv_rope_cache(
 
     A token whose slot is negative or past the cache is not stored, but its query, gate, key and
     value are returned. Of tokens with the same slot, the last is stored. The cache is updated in
-    place when it is donated (`donate_argnums`) or carried by a scan, and copied once otherwise.
+    place when it is donated (`donate_argnums`) or carried by a scan, and copied once otherwise,
+    as by every call outside `jit`; `jax_attn.explain` counts the copies.
 
     Gradients flow to `qkv`, the norm weights, the tables, the scales and the pages, and through
     the returned pages to what was stored; not through int8 pages.
@@ -139,8 +140,8 @@ def fused_qkv_rope_cache(
             gate=gate,
             dynamic_scales=bool(dynamic_scales),
             has_layers=layer is not None,
-            k_scale_rank=np.ndim(cache.k_scale),
-            v_scale_rank=np.ndim(cache.v_scale),
+            k_scale_rank=_rank(cache.k_scale),
+            v_scale_rank=_rank(cache.v_scale),
             implementation=implementation,
             **rope_options,
             **norm_options,
@@ -155,6 +156,10 @@ def fused_qkv_rope_cache(
 
 def _as_array(array: Any) -> jax.Array | None:
     return None if array is None else jnp.asarray(array)
+
+
+def _rank(scale: jax.Array | None) -> int:
+    return 0 if scale is None else np.ndim(scale)
 
 
 def _as_slots(slot_mapping: Any) -> jax.Array:
@@ -294,7 +299,7 @@ def _check_dynamic_scales(
     checks.check_dtype(op, "cache.k_pages", cache.k_pages, dtypes.QUANTIZED_DTYPES)
     for name in ("k_scale", "v_scale"):
         scale = getattr(cache, name)
-        if np.ndim(scale) != (4 if has_layers else 3):
+        if scale is None or np.ndim(scale) != (4 if has_layers else 3):
             shape = "None" if scale is None else f"shape {np.shape(scale)}"
             raise ValueError(
                 f"{op}: dynamic_scales needs `cache.{name}` per token, with shape "
