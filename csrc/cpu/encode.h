@@ -81,22 +81,6 @@ inline I32 Unordered(F32 a, F32 b) {
 #endif
 }
 
-// Whether any lane of a mask is set.
-inline bool Any(I32 mask) {
-#if defined(__AVX512F__)
-  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) !=
-         0;
-#elif defined(__AVX2__)
-  return !_mm256_testz_si256(reinterpret_cast<__m256i>(mask), reinterpret_cast<__m256i>(mask));
-#elif defined(__SSE2__)
-  return _mm_movemask_epi8(reinterpret_cast<__m128i>(mask)) != 0;
-#else
-  int32_t any = 0;
-  for (int i = 0; i < kLanes; ++i) any |= mask[i];
-  return any != 0;
-#endif
-}
-
 // 1 / sqrt of positive numbers.
 inline F32 InverseSqrt(F32 v) {
 #if defined(__AVX512F__)
