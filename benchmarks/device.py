@@ -158,30 +158,23 @@ def readers(device: Device, num_bytes: int, num_sets: int) -> dict[str, Runner]:
     return found
 
 
-def copiers(device: Device, size: int) -> dict[str, Runner]:
-    """Returns passes that copy `size` bytes from one place to another, by name."""
+def copiers(device: Device, num_bytes: int, num_sets: int) -> dict[str, Runner]:
+    """Returns passes that read half of `num_bytes` and write the other half, by name."""
+    size = max(1, num_bytes // 8)
+    sets = [jnp.ones((size,), jnp.float32) for _ in range(num_sets)]
+    double = jax.jit(lambda x: 2 * x)
     if device.platform == "gpu":
-        copy = jax.jit(lambda old, x: x + 1, donate_argnums=0)
-        state = [jnp.zeros((size,), jnp.int8), jnp.zeros((size,), jnp.int8)]
-
-        def step() -> jax.Array:
-            state[0] = copy(state[0], state[1])
-            return state[0]
-
-        return {"jnp, donated": Runner([step], jax.block_until_ready)}
-    source, target = np.ones(size, np.uint8), np.zeros(size, np.uint8)
-    pairs = zip(*(np.array_split(a, device.num_cores) for a in (target, source)), strict=True)
-    chunks = list(pairs)
-    found = {
-        "numpy.copyto, threads": Runner(
-            [lambda: list(_POOL.map(lambda pair: np.copyto(*pair), chunks))], _ready
-        )
-    }
+        return {"2 * x": jax_chain(double, sets)}
+    found = {"2 * x": Runner([lambda x=x: double(x) for x in sets], jax.block_until_ready)}
+    views = [np.asarray(x) for x in sets]
+    copies = [np.ones_like(x) for x in views]
+    pairs = list(zip(copies, views, strict=True))
+    found["numpy.copyto, threads"] = Runner([_threaded_copy(*p, device) for p in pairs], _ready)
     if importlib.util.find_spec("torch"):
         import torch
 
-        tensors = torch.from_numpy(target), torch.from_numpy(source)
-        found["torch.copy_"] = Runner([lambda: tensors[0].copy_(tensors[1])], _ready)
+        tensors = [tuple(map(torch.from_numpy, pair)) for pair in pairs]
+        found["torch.copy_"] = Runner([lambda p=p: p[0].copy_(p[1]) for p in tensors], _ready)
     return found
 
 
@@ -219,6 +212,11 @@ def _threaded_max(x: np.ndarray, device: Device) -> Callable[[], Any]:
     # NumPy releases the GIL in a reduction, and its float maximum uses all of the SIMD width.
     chunks = np.array_split(x, device.num_cores)
     return lambda: list(_POOL.map(np.max, chunks))
+
+
+def _threaded_copy(to: np.ndarray, x: np.ndarray, device: Device) -> Callable[[], Any]:
+    chunks = [np.array_split(a, device.num_cores) for a in (to, x)]
+    return lambda: list(_POOL.map(np.copyto, *chunks))
 
 
 def _ready(_: Any) -> None:

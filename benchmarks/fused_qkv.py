@@ -11,7 +11,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import device as device_lib
 import fused_qkv_torch
 import jax
 import jax.numpy as jnp
@@ -210,12 +209,6 @@ def _torch_missing(device: Device) -> str | None:
 
 def _torch_unsupported(case: Case) -> str | None:
     return None if case.cache_dtype is None else "no quantised cache"
-
-
-def ceilings(device: Device, num_bytes: int, num_sets: int) -> dict[str, Runner]:
-    """Passes that only copy: half of the bytes are read and half are written."""
-    del num_sets
-    return device_lib.copiers(device, num_bytes // 2)
 
 
 PEERS: tuple[Peer, ...] = (

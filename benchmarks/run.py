@@ -73,7 +73,7 @@ OPERATIONS = (
         fused_qkv.PEERS,
         fused_qkv.make_inputs,
         fused_qkv.expected,
-        fused_qkv.ceilings,
+        device_lib.copiers,
         "copy",
     ),
 )
@@ -88,14 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     device = device_lib.Device.default()
     header = describe(device)
-    print(f"device    {header['device']}")
-    versions = [
-        f"{name} {version or 'not installed'}" for name, version in header["versions"].items()
-    ]
-    print(f"versions  {', '.join(versions)}")
-    print(f"commit    {header['commit']}, {header['date']}", flush=True)
-    if header["load_per_core"] is not None and header["load_per_core"] > MAX_LOAD:
-        print(f"WARNING   not an idle machine: load {header['load_per_core']:.1f} per core")
+    print_header(header)
 
     missing: list[dict[str, str]] = []
     results = []
@@ -180,7 +173,7 @@ def measure(
     ours = samples.get(peers.OURS)
     for row in rows:
         if row["status"] == "timed":
-            row |= _statistics(samples[row["peer"]], case, rates[fastest], ours)
+            row |= statistics(samples[row["peer"]], case.num_bytes, rates[fastest], ours)
             row["ceiling_by"] = fastest
     return rows
 
@@ -213,13 +206,30 @@ def describe(device: device_lib.Device) -> dict[str, Any]:
     }
 
 
+def print_header(header: dict[str, Any]) -> None:
+    """Prints what the results depend on."""
+    print(f"device    {header['device']}")
+    versions = [
+        f"{name} {version or 'not installed'}" for name, version in header["versions"].items()
+    ]
+    print(f"versions  {', '.join(versions)}")
+    print(f"commit    {header['commit']}, {header['date']}", flush=True)
+    if header["load_per_core"] is not None and header["load_per_core"] > MAX_LOAD:
+        print(f"WARNING   not an idle machine: load {header['load_per_core']:.1f} per core")
+
+
 def print_case(case: Any, rows: Sequence[dict[str, Any]]) -> None:
     """Prints the table of a case."""
+    print_rows(f"{case.name} ({case.model}): {case.num_bytes / 1e6:.1f} MB", rows)
+
+
+def print_rows(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Prints a table of implementations."""
     timed = [row for row in rows if row["status"] == "timed"]
     ceiling = ""
     if timed:
         ceiling = f"; ceiling {timed[0]['ceiling_gb_per_s']:.1f} GB/s ({timed[0]['ceiling_by']})"
-    print(f"\n{case.name} ({case.model}): {case.num_bytes / 1e6:.1f} MB{ceiling}")
+    print(f"\n{title}{ceiling}")
     columns = ("median ms", "p10", "p90", "GB/s", "ceiling", "vs ours")
     print(f"  {'':<18}" + "".join(f"{column:>11}" for column in columns))
     for row in rows:
@@ -247,18 +257,19 @@ def _identity(case: Any, peer: peers.Peer, num_sets: int) -> dict[str, Any]:
     }
 
 
-def _statistics(
-    samples: list[float], case: Any, ceiling: float, ours: list[float] | None
+def statistics(
+    samples: list[float], num_bytes: int, ceiling: float, ours: list[float] | None
 ) -> dict[str, Any]:
+    """Describes samples of a case that moves `num_bytes`, beside those of this package."""
     p10, median, p90 = (float(t) for t in np.percentile(samples, (10, 50, 90)))
     return {
         "samples": len(samples),
         "median_ms": 1e3 * median,
         "p10_ms": 1e3 * p10,
         "p90_ms": 1e3 * p90,
-        "gb_per_s": case.num_bytes / median / 1e9,
+        "gb_per_s": num_bytes / median / 1e9,
         "ceiling_gb_per_s": ceiling / 1e9,
-        "fraction_of_ceiling": case.num_bytes / median / ceiling,
+        "fraction_of_ceiling": num_bytes / median / ceiling,
         "ratio_to_ours": None if ours is None else median / float(np.median(ours)),
     }
 

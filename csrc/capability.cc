@@ -3,7 +3,7 @@
 
 #include "capability.h"
 
-#include "split_kv_attention.h"
+#include "operands.h"
 
 namespace jax_attn {
 namespace {
@@ -19,8 +19,8 @@ std::string Names(DTypeSet set) {
 }  // namespace
 
 std::string Refusal(std::string_view op, std::string_view platform, DType query_dtype,
-                    DType cache_dtype, int64_t head_dim, int64_t v_head_dim,
-                    int64_t num_batch_dims) {
+                    DType cache_dtype, int64_t head_dim, int64_t v_head_dim, int64_t num_batch_dims,
+                    int64_t query_len, int64_t kv_len) {
   const Capability* row = nullptr;
   for (const Capability& candidate : kCapabilities) {
     if (candidate.op == op && candidate.platform == platform) row = &candidate;
@@ -41,6 +41,14 @@ std::string Refusal(std::string_view op, std::string_view platform, DType query_
       return "head_dim " + std::to_string(size) + " is not a multiple of " +
              std::to_string(row->head_dim_multiple) + " up to " + std::to_string(row->max_head_dim);
     }
+  }
+  if (query_len > row->max_query_len) {
+    return "the query length " + std::to_string(query_len) + " is more than " +
+           std::to_string(row->max_query_len);
+  }
+  if (kv_len > row->max_kv_len) {
+    return "the key length " + std::to_string(kv_len) + " is more than " +
+           std::to_string(row->max_kv_len);
   }
   if (num_batch_dims > kMaxBatchDims) {
     return "vmap is nested " + std::to_string(num_batch_dims - 1) + " deep, at most " +

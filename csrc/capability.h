@@ -32,17 +32,23 @@ struct Capability {
   DTypeSet cache_dtypes;  // keys and values have the same dtype
   int64_t head_dim_multiple;
   int64_t max_head_dim;
+  int64_t max_query_len;
+  int64_t max_kv_len;
 };
 
+// A length that is not bounded.
+inline constexpr int64_t kAnyLength = INT64_MAX;
+
 inline constexpr Capability kCapabilities[] = {
-    {"split_kv_attention", "cpu", kFloats, kFloats | kQuantized, 8, 512},
-    {"fused_qkv_rope_cache", "cpu", kFloats, kFloats | kQuantized, 8, 512},
+    {"split_kv_attention", "cpu", kFloats, kFloats | kQuantized, 8, 512, kAnyLength, kAnyLength},
+    {"fused_qkv_rope_cache", "cpu", kFloats, kFloats | kQuantized, 8, 512, kAnyLength, kAnyLength},
+    {"small_seq_attention", "cpu", kFloats, kFloats, 8, 512, 32, 64},
 };
 
 // Why the kernel of `op` on `platform` refuses a problem; empty if it takes it.
 std::string Refusal(std::string_view op, std::string_view platform, DType query_dtype,
-                    DType cache_dtype, int64_t head_dim, int64_t v_head_dim,
-                    int64_t num_batch_dims);
+                    DType cache_dtype, int64_t head_dim, int64_t v_head_dim, int64_t num_batch_dims,
+                    int64_t query_len = 0, int64_t kv_len = 0);
 
 }  // namespace jax_attn
 

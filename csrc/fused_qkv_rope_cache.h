@@ -9,7 +9,7 @@
 #include <cstdint>
 
 #include "dtype.h"
-#include "operand.h"
+#include "operands.h"
 
 namespace jax_attn {
 

@@ -9,7 +9,7 @@
 #include <cstdint>
 
 #include "dtype.h"
-#include "operand.h"
+#include "operands.h"
 
 namespace jax_attn {
 
@@ -23,18 +23,6 @@ struct KvOperand {
   int64_t token_stride = 0;  // between tokens, inside a page if there are pages
   int64_t head_stride = 0;
 };
-
-// Bias or mask, [#B, #N, #T, S]; keys are contiguous.
-struct RowOperand {
-  const void* data = nullptr;
-  DType dtype = DType::kFloat32;
-  BatchStrides batch;
-  int64_t head_stride = 0;
-  int64_t query_stride = 0;
-};
-
-// Where queries stand in their context: see `causal` in the public docstring.
-enum class Causal : int32_t { kNone = 0, kBottomRight = 1, kTopLeft = 2 };
 
 struct SplitKvAttentionParams {
   BatchShape batch;

@@ -11,6 +11,7 @@ from jax_attn._src.page_allocator import PageAllocator
 from jax_attn._src.qk_norm import QKNorm
 from jax_attn._src.registration import platforms
 from jax_attn._src.rope import Rope
+from jax_attn._src.small_seq_attention.api import small_seq_attention
 from jax_attn._src.split_kv_attention.api import paged_attention, split_kv_attention
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "merge_attention",
     "paged_attention",
     "platforms",
+    "small_seq_attention",
     "split_kv_attention",
 ]

@@ -94,3 +94,19 @@ def test_wrong_result_is_reported_and_not_timed(run, monkeypatch, tmp_path):
     (row,) = json.loads(path.read_text())["results"]
     assert status == 1
     assert row["status"] == "wrong" and "median_ms" not in row
+
+
+@pytest.mark.parametrize("packed", ["", "_packed"])
+def test_small_sequences(run, tmp_path, packed):
+    import small_seq
+
+    path = tmp_path / "report.json"
+    case = f"^b8_kv4_h64_n4{packed}_(forward|both)$"
+    arguments = ["--case", case, "--peer", "ours_xla|xla_einsum", "--json", str(path), "--quick"]
+    assert small_seq.main(arguments) == 0
+    rows = json.loads(path.read_text())["results"]
+    timed = [row for row in rows if row["status"] == "timed"]
+    assert len(timed) == (2 if packed else 4)
+    assert {row["bytes"] for row in timed} == {2 * 8 * 4 * 64 * n for n in (2 + 8, 5 + 24)}
+    names = [case.name for case in small_seq.CASES]
+    assert len(names) == len(set(names))

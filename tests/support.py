@@ -166,7 +166,7 @@ def assert_close(out: np.ndarray, lse: np.ndarray, expected: oracle.Attention, d
     assert out.shape == expected.out.shape
     assert lse.dtype == np.float32
     assert lse.shape == expected.lse.shape
-    _assert_within(
+    assert_within(
         "lse",
         lse.astype(np.float64),
         expected.lse,
@@ -175,10 +175,10 @@ def assert_close(out: np.ndarray, lse: np.ndarray, expected: oracle.Attention, d
     # Nothing visible: the magnitude is 0, and so must be the output.
     relative = TOLERANCES[name] + PER_LOGIT * expected.largest_logit[..., None]
     tolerance = np.where(expected.magnitude > 0, ABSOLUTE[name] + relative * expected.magnitude, 0)
-    _assert_within("out", out.astype(np.float64), expected.out, tolerance)
+    assert_within("out", out.astype(np.float64), expected.out, tolerance)
 
 
-def _assert_within(
+def assert_within(
     what: str, actual: np.ndarray, expected: np.ndarray, tolerance: np.ndarray
 ) -> None:
     same = actual == expected

@@ -1,15 +1,11 @@
 // Copyright 2026 The jax_attn Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// From float vectors back to storage, and stores that bypass the caches. Like simd.h, for files
-// that are compiled once per instruction set.
+// From float vectors back to storage. Like simd.h, for files that are compiled once per
+// instruction set.
 
 #ifndef JAX_ATTN_CSRC_CPU_ENCODE_H_
 #define JAX_ATTN_CSRC_CPU_ENCODE_H_
-
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
 
 #include "simd.h"
 
@@ -227,47 +223,10 @@ struct Format<DType::kFloat8E5M2> : Float8Format<5, 2, 15, 0x7e, true> {
   static Packed Pack(F32 a, F32 b) { return Narrow8(Encode(a, kLargest), Encode(b, kLargest)); }
 };
 
-// ---- Stores that bypass the caches, so that a line that is written whole is not read first
-
-#if defined(__SSE2__)
-template <typename V>
-inline void StoreStreaming(void* to, V v) {
-  if constexpr (sizeof(V) == 64) {
-#if defined(__AVX512F__)
-    _mm512_stream_si512(static_cast<__m512i*>(to), reinterpret_cast<__m512i>(v));
-#endif
-  } else if constexpr (sizeof(V) == 32) {
-#if defined(__AVX2__)
-    _mm256_stream_si256(static_cast<__m256i*>(to), reinterpret_cast<__m256i>(v));
-#endif
-  } else if constexpr (sizeof(V) == 16) {
-    _mm_stream_si128(static_cast<__m128i*>(to), reinterpret_cast<__m128i>(v));
-  } else {
-    memcpy(to, &v, sizeof(v));
-  }
-}
-inline void FinishStreaming() { _mm_sfence(); }
-#else
-template <typename V>
-inline void StoreStreaming(void* to, V v) {
-  memcpy(to, &v, sizeof(v));
-}
-inline void FinishStreaming() {}
-#endif
-
-template <bool kStream, typename V>
-inline void StoreAs(void* to, V v) {
-  if constexpr (kStream) {
-    StoreStreaming(to, v);
-  } else {
-    memcpy(to, &v, sizeof(v));
-  }
-}
-
-template <bool kStream>
-inline void StoreAs(void* to, F32Pair pair) {
-  StoreAs<kStream>(to, pair.low);
-  StoreAs<kStream>(static_cast<float*>(to) + kLanes, pair.high);
+template <bool kAround>
+inline void StoreVector(void* to, F32Pair pair) {
+  StoreVector<kAround>(to, pair.low);
+  StoreVector<kAround>(static_cast<float*>(to) + kLanes, pair.high);
 }
 
 }  // namespace jax_attn::cpu::JAX_ATTN_TARGET

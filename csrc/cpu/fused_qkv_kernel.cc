@@ -127,7 +127,7 @@ class Pass {
       RunToken(token, begin, end);
       unit += end - begin;
     }
-    if (item_.stream) FinishStreaming();
+    if (item_.stream) FenceStores();
   }
 
  private:

@@ -8,41 +8,18 @@
 #include <vector>
 
 #include "fused_qkv_kernel.h"
-#include "split_kv_attention.h"
+#include "instruction_sets.h"
 
 namespace jax_attn::cpu {
 
-#if defined(__x86_64__)
-namespace avx512 {
-extern const FusedQkvKernels kFusedQkvKernels;
-}
-namespace avx2 {
-extern const FusedQkvKernels kFusedQkvKernels;
-}
-#endif
-#if defined(__aarch64__)
-namespace neon {
-extern const FusedQkvKernels kFusedQkvKernels;
-}
-#else
-namespace portable {
-extern const FusedQkvKernels kFusedQkvKernels;
-}
-#endif
+#define JAX_ATTN_DECLARE(set)                    \
+  namespace set {                                \
+  extern const FusedQkvKernels kFusedQkvKernels; \
+  }
+JAX_ATTN_FOR_EACH_SET(JAX_ATTN_DECLARE)
+#undef JAX_ATTN_DECLARE
 
 namespace {
-
-constexpr const FusedQkvKernels* kKernels[] = {
-#if defined(__x86_64__)
-    &avx512::kFusedQkvKernels,
-    &avx2::kFusedQkvKernels,
-#endif
-#if defined(__aarch64__)
-    &neon::kFusedQkvKernels,
-#else
-    &portable::kFusedQkvKernels,
-#endif
-};
 
 // Elements of qkv below which handing work to another thread costs more than it saves.
 constexpr int64_t kMinParallelElements = 64 * 1024;
@@ -56,14 +33,13 @@ constexpr int64_t kStreamBytes = int64_t{16} << 20;
 
 constexpr int64_t kCopyBytes = int64_t{1} << 20;
 
-const FusedQkvKernels* FindKernels(std::string_view variant) {
-  static const std::vector<const SplitKvKernels*> all = AvailableSplitKvKernels();
-  for (const SplitKvKernels* available : all) {
-    if (!variant.empty() && variant != available->name) continue;
-    for (const FusedQkvKernels* kernels : kKernels) {
-      if (std::strcmp(kernels->name, available->name) == 0) return kernels;
-    }
+const FusedQkvKernels* KernelsOf(std::string_view variant) {
+#define JAX_ATTN_TRY(set)                                   \
+  if (variant.empty() ? CanRun(#set) : variant == #set) {   \
+    return CanRun(#set) ? &set::kFusedQkvKernels : nullptr; \
   }
+  JAX_ATTN_FOR_EACH_SET(JAX_ATTN_TRY)
+#undef JAX_ATTN_TRY
   return nullptr;
 }
 
@@ -137,7 +113,7 @@ void CopyIfMoved(const void* from, void* to, int64_t bytes, Executor& executor) 
 
 std::string LaunchFusedQkvRopeCache(const FusedQkvRopeCacheParams& p, std::string_view variant,
                                     Executor& executor) {
-  const FusedQkvKernels* const kernels = FindKernels(variant);
+  const FusedQkvKernels* const kernels = KernelsOf(variant);
   if (kernels == nullptr) return "variant '" + std::string(variant) + "' cannot run here";
 
   for (const PagesOperand* pages : {&p.k_pages, &p.v_pages}) {

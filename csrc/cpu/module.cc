@@ -16,8 +16,10 @@
 
 #include "../capability.h"
 #include "../ffi/fused_qkv_rope_cache.h"
+#include "../ffi/small_seq_attention.h"
 #include "../ffi/split_kv_attention.h"
 #include "fused_qkv_rope_cache.h"
+#include "small_seq_attention.h"
 #include "split_kv_attention.h"
 #include "split_plan.h"
 #include "xla/ffi/api/ffi.h"
@@ -82,12 +84,50 @@ ffi::Error FusedQkvRopeCache(ffi::ThreadPool pool, ffi::AnyBuffer qkv, ffi::AnyB
   return ffi::Error(ffi::ErrorCode::kInternal, std::string("fused_qkv_rope_cache: ") + e.what());
 }
 
+ffi::Error SmallSeqAttention(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key,
+                             ffi::AnyBuffer value, ffi::RemainingArgs rest,
+                             ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> lse,
+                             const SmallSeqAttentionAttrs& attrs) try {
+  SmallSeqAttentionParams params;
+  ffi::Error error =
+      MakeSmallSeqAttentionParams(attrs, "cpu", query, key, value, rest, out, lse, params);
+  if (error.failure()) return error;
+  XlaExecutor executor(pool);
+  const std::string failure = LaunchSmallSeqAttention(params, attrs.variant, executor);
+  return failure.empty() ? ffi::Error::Success() : InvalidArgument("small_seq_attention", failure);
+} catch (const std::exception& e) {
+  return ffi::Error(ffi::ErrorCode::kInternal, std::string("small_seq_attention: ") + e.what());
+}
+
+ffi::Error SmallSeqAttentionBackward(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key,
+                                     ffi::AnyBuffer value, ffi::RemainingArgs rest,
+                                     ffi::Result<ffi::AnyBuffer> dquery,
+                                     ffi::Result<ffi::AnyBuffer> dkey,
+                                     ffi::Result<ffi::AnyBuffer> dvalue, ffi::RemainingRets more,
+                                     const SmallSeqAttentionAttrs& attrs) try {
+  constexpr std::string_view kOp = "small_seq_attention_backward";
+  SmallSeqBackwardParams params;
+  ffi::Error error = MakeSmallSeqBackwardParams(attrs, "cpu", query, key, value, rest, dquery, dkey,
+                                                dvalue, more, params);
+  if (error.failure()) return error;
+  XlaExecutor executor(pool);
+  const std::string failure = LaunchSmallSeqBackward(params, attrs.variant, executor);
+  return failure.empty() ? ffi::Error::Success() : InvalidArgument(kOp, failure);
+} catch (const std::exception& e) {
+  return ffi::Error(ffi::ErrorCode::kInternal,
+                    std::string("small_seq_attention_backward: ") + e.what());
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxAttnSplitKvAttentionCpu, SplitKvAttention,
                               SplitKvAttentionSchema(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxAttnFusedQkvRopeCacheCpu, FusedQkvRopeCache,
                               FusedQkvRopeCacheSchema(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxAttnSmallSeqAttentionCpu, SmallSeqAttention,
+                              SmallSeqAttentionSchema(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxAttnSmallSeqAttentionBackwardCpu, SmallSeqAttentionBackward,
+                              SmallSeqBackwardSchema(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 
 namespace {
 
@@ -108,6 +148,11 @@ nb::list Capabilities() {
     row["cache_dtypes"] = names(capability.cache_dtypes);
     row["head_dim_multiple"] = capability.head_dim_multiple;
     row["max_head_dim"] = capability.max_head_dim;
+    const auto length = [](int64_t longest) -> nb::object {
+      return longest == kAnyLength ? nb::none() : nb::object(nb::int_(longest));
+    };
+    row["max_query_len"] = length(capability.max_query_len);
+    row["max_kv_len"] = length(capability.max_kv_len);
     rows.append(row);
   }
   return rows;
@@ -164,6 +209,10 @@ NB_MODULE(_cpu, m) {
         nb::capsule(reinterpret_cast<void*>(JaxAttnSplitKvAttentionCpu));
     handlers["jax_attn_fused_qkv_rope_cache"] =
         nb::capsule(reinterpret_cast<void*>(JaxAttnFusedQkvRopeCacheCpu));
+    handlers["jax_attn_small_seq_attention"] =
+        nb::capsule(reinterpret_cast<void*>(JaxAttnSmallSeqAttentionCpu));
+    handlers["jax_attn_small_seq_attention_backward"] =
+        nb::capsule(reinterpret_cast<void*>(JaxAttnSmallSeqAttentionBackwardCpu));
     return handlers;
   });
   m.def("capabilities", &Capabilities);
@@ -171,12 +220,14 @@ NB_MODULE(_cpu, m) {
   m.def(
       "refusal",
       [](const std::string& op, const std::string& query_dtype, const std::string& cache_dtype,
-         int64_t head_dim, int64_t v_head_dim, int64_t num_batch_dims) {
+         int64_t head_dim, int64_t v_head_dim, int64_t num_batch_dims, int64_t query_len,
+         int64_t kv_len) {
         return Refusal(op, "cpu", DTypeNamed(query_dtype), DTypeNamed(cache_dtype), head_dim,
-                       v_head_dim, num_batch_dims);
+                       v_head_dim, num_batch_dims, query_len, kv_len);
       },
       nb::arg("op"), nb::kw_only(), nb::arg("query_dtype"), nb::arg("cache_dtype"),
-      nb::arg("head_dim"), nb::arg("v_head_dim"), nb::arg("num_batch_dims"));
+      nb::arg("head_dim"), nb::arg("v_head_dim"), nb::arg("num_batch_dims"),
+      nb::arg("query_len") = 0, nb::arg("kv_len") = 0);
   m.def("split_kv_plan", &Plan, nb::kw_only(), nb::arg("batch"), nb::arg("query_len"),
         nb::arg("num_q_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("v_head_dim"),
         nb::arg("kv_len"), nb::arg("heads_first"), nb::arg("num_splits"), nb::arg("split_size"));

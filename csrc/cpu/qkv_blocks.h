@@ -136,7 +136,7 @@ bool ComputeBlocks(const typename Block<kDType>::Element* x, int64_t n, float in
   I32 nan = {};
   const auto write = [&](int64_t i, F32 a, F32 b) {
     if constexpr (B::kSpoilsNan) nan |= Unordered(a, b);
-    StoreAs<false>(to + i, B::Pack(a, b));
+    StoreVector<false>(to + i, B::Pack(a, b));
   };
   const auto keep = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i += kPair) {

@@ -54,11 +54,11 @@ void Encode(const float* from, int64_t n, typename Format<kDType>::Element* to) 
   using F = Format<kDType>;
   int64_t i = 0;
   for (; i + kPair <= n; i += kPair) {
-    StoreAs<false>(to + i, F::Pack(Load(from + i), Load(from + i + kLanes)));
+    StoreVector<false>(to + i, F::Pack(Load(from + i), Load(from + i + kLanes)));
   }
   if (i == n) return;
   typename F::Element padded[kPair];
-  StoreAs<false>(padded, F::Pack(Load(from + i), Load(from + i + kLanes)));
+  StoreVector<false>(padded, F::Pack(Load(from + i), Load(from + i + kLanes)));
   memcpy(to + i, padded, (n - i) * sizeof(padded[0]));
 }
 
@@ -68,8 +68,8 @@ void Copy(const void* from, int64_t bytes, void* to, void* also, bool stream) {
   if (stream && CanStream(to, bytes) && (also == nullptr || CanStream(also, bytes))) {
     for (int64_t i = 0; i < bytes; i += sizeof(U32)) {
       const U32 v = LoadAs<U32>(row + i);
-      StoreStreaming(static_cast<char*>(to) + i, v);
-      if (also != nullptr) StoreStreaming(static_cast<char*>(also) + i, v);
+      StoreAround(static_cast<char*>(to) + i, v);
+      if (also != nullptr) StoreAround(static_cast<char*>(also) + i, v);
     }
     return;
   }
@@ -155,12 +155,12 @@ void QuantizeTo(const typename Format<kFrom>::Element* row, int64_t n, float sca
       a = divisor.Divide(a);
       b = divisor.Divide(b);
     }
-    StoreAs<kStream>(to + i, To::Pack(a, b));
+    StoreVector<kStream>(to + i, To::Pack(a, b));
   }
   if (i == n) return;
   LoadPartialPair<From>(row + i, static_cast<int>(n - i), a, b);
   typename To::Element padded[kPair];
-  StoreAs<false>(padded, To::Pack(divisor.Divide(a), divisor.Divide(b)));
+  StoreVector<false>(padded, To::Pack(divisor.Divide(a), divisor.Divide(b)));
   memcpy(to + i, padded, (n - i) * sizeof(padded[0]));
 }
 

@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
@@ -223,6 +223,10 @@ inline F32 DecodeIeee(U32 bits) {
 
 inline F32 QuietNan() { return AsFloat(U32{} + 0x7fc00000u); }
 
+// Replaces every NaN by one that stays a NaN when it is rounded to fewer bits, as do those that
+// operations with it result in, and those of 16-bit formats.
+inline F32 Quiet(F32 v) { return Select(v != v, QuietNan(), v); }
+
 // Each Storage reads kPair elements into two vectors. `kInterleaved`: the vectors hold the even
 // and the odd elements, else the first and the second half.
 template <DType kDType>
@@ -401,6 +405,103 @@ inline void LoadPartialPair(const typename S::Element* from, int count, F32& a, 
   typename S::Element padded[kPair] = {};
   memcpy(padded, from, count * sizeof(padded[0]));
   S::LoadPair(padded, a, b);
+}
+
+// ---- Results: how pairs of float vectors become elements
+
+// Writes a whole vector past the caches, if the set can; `to` is aligned to the vector. Worth it
+// for results that are larger than the caches: an ordinary store first reads what it overwrites.
+template <typename V>
+inline void StoreAround(void* to, V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) {
+    return _mm512_stream_si512(static_cast<__m512i*>(to), reinterpret_cast<__m512i>(v));
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) {
+    return _mm256_stream_si256(static_cast<__m256i*>(to), reinterpret_cast<__m256i>(v));
+  }
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof(V) == 16) {
+    return _mm_stream_si128(static_cast<__m128i*>(to), reinterpret_cast<__m128i>(v));
+  }
+#endif
+  memcpy(to, &v, sizeof(v));
+}
+
+// Makes what StoreAround wrote visible to a thread that is told of it by an atomic.
+inline void FenceStores() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+template <bool kAround, typename V>
+inline void StoreVector(void* to, V v) {
+  if constexpr (kAround) {
+    StoreAround(to, v);
+  } else {
+    memcpy(to, &v, sizeof(v));
+  }
+}
+
+// The bits of bfloat16 in the upper half of each word, rounded to nearest even; the lower half is
+// rubbish. Makes a number of a NaN with all upper bits set and some lower ones: see Quiet.
+inline U32 RoundToBFloat16(F32 v) {
+  const U32 bits = AsBits(v);
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
+#if !defined(__F16C__)
+// The bits of float16, rounded to nearest even: ToFloat16 of math/convert.h.
+inline U32 RoundToFloat16(F32 v) {
+  const U32 bits = AsBits(v);
+  const U32 sign = (bits >> 16) & 0x8000u;
+  const F32 magnitude = AsFloat(bits & 0x7fffffffu);
+  const U32 m = AsBits(magnitude);
+  // Below 2^-14 a float16 counts in steps of 2^-24: adding 0.5 puts that step in the last bit.
+  const U32 small = AsBits(magnitude + 0.5f) - 0x3f000000u;
+  const U32 normal = (m + 0xfffu + ((m >> 13) & 1u) - (112u << 23)) >> 13;
+  F32 result = Select(magnitude < 6.103515625e-5f, AsFloat(small), AsFloat(normal));
+  result = Select(magnitude >= 65520.0f, AsFloat(U32{} + 0x7c00u), result);
+  result = Select(v != v, AsFloat(U32{} + 0x7e00u), result);
+  return AsBits(result) | sign;
+}
+#endif
+
+// Writes kPair elements from two vectors as LoadPair orders them.
+template <DType kDType, bool kAround>
+inline void StorePair(void* to, F32 a, F32 b) {
+  static_assert(kDType == DType::kFloat32 || kDType == DType::kBFloat16 ||
+                kDType == DType::kFloat16);
+  if constexpr (kDType == DType::kFloat32) {
+    StoreVector<kAround>(to, a);
+    StoreVector<kAround>(static_cast<float*>(to) + kLanes, b);
+  } else if constexpr (kDType == DType::kBFloat16) {
+    StoreVector<kAround>(to, (RoundToBFloat16(a) >> 16) | (RoundToBFloat16(b) & 0xffff0000u));
+  } else {
+    uint16_t* second = static_cast<uint16_t*>(to) + kLanes;
+#if defined(__AVX512F__)
+    StoreVector<kAround>(to, _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(a), 0));
+    StoreVector<kAround>(second, _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(b), 0));
+#elif defined(__F16C__)
+    StoreVector<kAround>(to, _mm256_cvtps_ph(reinterpret_cast<__m256>(a), 0));
+    StoreVector<kAround>(second, _mm256_cvtps_ph(reinterpret_cast<__m256>(b), 0));
+#else
+    StoreVector<kAround>(to, __builtin_convertvector(RoundToFloat16(a), U16));
+    StoreVector<kAround>(second, __builtin_convertvector(RoundToFloat16(b), U16));
+#endif
+  }
+}
+
+// Writes the first `count` of kPair elements.
+template <DType kDType>
+inline void StorePartialPair(void* to, int count, F32 a, F32 b) {
+  char elements[kPair * sizeof(float)];
+  StorePair<kDType, false>(elements, a, b);
+  memcpy(to, elements, count * SizeOf(kDType));
 }
 
 template <int... kElement>

@@ -5,29 +5,17 @@
 
 #include <algorithm>
 
+#include "instruction_sets.h"
 #include "split_plan.h"
 
 namespace jax_attn::cpu {
 
-#if defined(__x86_64__)
-namespace avx512 {
-extern const SplitKvKernels kSplitKvKernels;
-}
-namespace avx2 {
-extern const SplitKvKernels kSplitKvKernels;
-}
-#endif
-#if defined(__aarch64__)
-namespace neon {
-extern const SplitKvKernels kSplitKvKernels;
-}
-namespace baseline = neon;
-#else
-namespace portable {
-extern const SplitKvKernels kSplitKvKernels;
-}
-namespace baseline = portable;
-#endif
+#define JAX_ATTN_DECLARE(set)                  \
+  namespace set {                              \
+  extern const SplitKvKernels kSplitKvKernels; \
+  }
+JAX_ATTN_FOR_EACH_SET(JAX_ATTN_DECLARE)
+#undef JAX_ATTN_DECLARE
 
 namespace {
 
@@ -46,16 +34,10 @@ const SplitEntry& EntryOf(const SplitPlan& plan, int64_t item) {
 
 std::vector<const SplitKvKernels*> AvailableSplitKvKernels() {
   std::vector<const SplitKvKernels*> kernels;
-#if defined(__x86_64__)
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                        __builtin_cpu_supports("f16c");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
-                          __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512) kernels.push_back(&avx512::kSplitKvKernels);
-  if (has_avx2) kernels.push_back(&avx2::kSplitKvKernels);
-#endif
-  kernels.push_back(&baseline::kSplitKvKernels);
+#define JAX_ATTN_ADD(set) \
+  if (CanRun(#set)) kernels.push_back(&set::kSplitKvKernels);
+  JAX_ATTN_FOR_EACH_SET(JAX_ATTN_ADD)
+#undef JAX_ATTN_ADD
   return kernels;
 }
 

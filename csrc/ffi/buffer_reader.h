@@ -11,7 +11,7 @@
 #include <string>
 #include <string_view>
 
-#include "../operand.h"
+#include "../operands.h"
 #include "check.h"
 
 namespace jax_attn {

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "../capability.h"
+#include "operand_reader.h"
 
 namespace jax_attn {
 namespace {
@@ -13,60 +14,39 @@ namespace {
 constexpr std::string_view kOp = "split_kv_attention";
 
 // Reads buffers into params one by one; keeps the first disagreement that it finds.
-class Reader {
+class Reader : OperandReader {
  public:
   Reader(const SplitKvAttentionAttrs& attrs, SplitKvAttentionParams& params)
-      : attrs_(attrs), p_(params) {}
+      : OperandReader(kOp, params.batch), attrs_(attrs), p_(params) {}
 
   ffi::Error Read(std::string_view platform, ffi::AnyBuffer query, ffi::AnyBuffer key,
                   ffi::AnyBuffer value, ffi::RemainingArgs rest, ffi::AnyBuffer out,
                   ffi::AnyBuffer lse) {
     ReadOptions();
     ReadResults(out, lse);
-    if (!error_.empty()) return InvalidArgument(kOp, error_);
+    if (!error().empty()) return ToError();
     ReadQuery(query);
     ReadContext(key, value);
-    if (!error_.empty()) return InvalidArgument(kOp, error_);
+    if (!error().empty()) return ToError();
     const std::string refusal = Refusal(kOp, platform, p_.query_dtype, p_.key.dtype, p_.head_dim,
                                         p_.v_head_dim, p_.batch.num_dims);
     if (!refusal.empty()) return InvalidArgument(kOp, refusal);
     // kv_len of a paged context comes from the page table, so that one is read first.
-    ForEachOperand(rest, [&](std::string_view name, ffi::AnyBuffer buffer) {
+    ForEachOperand(attrs_.operands, rest, [&](std::string_view name, ffi::AnyBuffer buffer) {
       if (name == "page_table") ReadPageTable(buffer);
     });
     if (paged() && p_.page_table.data == nullptr) Fail("page_table is missing");
-    if (!error_.empty()) return InvalidArgument(kOp, error_);
-    ForEachOperand(
-        rest, [&](std::string_view name, ffi::AnyBuffer buffer) { ReadOptional(name, buffer); });
+    if (!error().empty()) return ToError();
+    ForEachOperand(attrs_.operands, rest, [&](std::string_view name, ffi::AnyBuffer buffer) {
+      ReadOptional(name, buffer);
+    });
     if (has_layers_ && p_.layer.data == nullptr) Fail("layer is missing");
-    if (!error_.empty()) return InvalidArgument(kOp, error_);
+    if (!error().empty()) return ToError();
     return ffi::Error::Success();
   }
 
  private:
   bool paged() const { return attrs_.page_layout != 0; }
-
-  void Fail(const std::string& what) {
-    if (error_.empty()) error_ = what;
-  }
-
-  void Expect(std::string_view name, Dimensions dims, bool agrees, const std::string& expected) {
-    if (!agrees) {
-      Fail(std::string(name) + " has shape " + ToString(dims) + ", expected " + expected);
-    }
-  }
-
-  void ExpectType(std::string_view name, ffi::AnyBuffer buffer, ffi::DataType expected) {
-    if (buffer.element_type() != expected) {
-      Fail(std::string(name) + " has an element type that is not expected");
-    }
-  }
-
-  DType FloatingType(std::string_view name, ffi::AnyBuffer buffer) {
-    const std::optional<DType> dtype = ToDType(buffer.element_type());
-    if (!dtype) Fail(std::string(name) + " has an element type that is not supported");
-    return dtype.value_or(DType::kFloat32);
-  }
 
   void ReadOptions() {
     p_.scale = attrs_.scale;
@@ -76,20 +56,14 @@ class Reader {
     p_.split_size = attrs_.split_size;
     p_.lse_includes_sinks = attrs_.lse_includes_sinks;
     p_.causal = static_cast<Causal>(attrs_.causal);
-    const auto in_range = [&](const char* name, int64_t value, int64_t low, int64_t high) {
-      if (value < low || value > high) {
-        Fail(std::string(name) + " is " + std::to_string(value) + ", expected " +
-             std::to_string(low) + " to " + std::to_string(high));
-      }
-    };
     constexpr int64_t kMax = int64_t{1} << 40;  // leaves room for sums of such numbers
-    in_range("causal", attrs_.causal, 0, 2);
-    in_range("sliding_window", attrs_.sliding_window, 0, kMax);
-    in_range("num_splits", attrs_.num_splits, 0, kMax);
-    in_range("split_size", attrs_.split_size, 0, kMax);
-    in_range("page_layout", attrs_.page_layout, 0, 2);
-    in_range("k_scale_rank", attrs_.k_scale_rank, 0, 4);
-    in_range("v_scale_rank", attrs_.v_scale_rank, 0, 4);
+    ExpectInRange("causal", attrs_.causal, 0, 2);
+    ExpectInRange("sliding_window", attrs_.sliding_window, 0, kMax);
+    ExpectInRange("num_splits", attrs_.num_splits, 0, kMax);
+    ExpectInRange("split_size", attrs_.split_size, 0, kMax);
+    ExpectInRange("page_layout", attrs_.page_layout, 0, 2);
+    ExpectInRange("k_scale_rank", attrs_.k_scale_rank, 0, 4);
+    ExpectInRange("v_scale_rank", attrs_.v_scale_rank, 0, 4);
   }
 
   // The results have all batch dimensions, so they say what the operands broadcast to.
@@ -99,11 +73,7 @@ class Reader {
     if (rank < 4 || rank - 3 > kMaxBatchDims) {
       return Expect("out", dims, false, "[batch..., query_len, num_q_heads, v_head_dim]");
     }
-    p_.batch.num_dims = rank - 3;
-    for (int64_t d = 0; d < rank - 3; ++d) {
-      p_.batch.sizes[d] = dims[d];
-      p_.batch.count *= dims[d];
-    }
+    SetBatch(dims, rank - 3);
     p_.query_len = dims[rank - 3];
     p_.num_q_heads = dims[rank - 2];
     p_.v_head_dim = dims[rank - 1];
@@ -114,39 +84,6 @@ class Reader {
     p_.query_dtype = FloatingType("out", out);
     p_.out = out.untyped_data();
     p_.lse = reinterpret_cast<float*>(lse.untyped_data());
-  }
-
-  // Strides of the batch dimensions of an operand whose last `core_rank` dimensions are its own.
-  // `has_batch`: the op's batch dimension is among the others. They are aligned at the right;
-  // vmap's may be 1 or absent, and so may the op's if `may_be_one`.
-  BatchStrides ReadBatch(std::string_view name, Dimensions dims, int64_t core_rank, bool has_batch,
-                         bool may_be_one = false) {
-    BatchStrides batch;
-    const int64_t rank = dims.size();
-    int64_t stride = 1;
-    for (int64_t d = rank - core_rank; d < rank; ++d) stride *= d < 0 ? 1 : dims[d];
-    const int64_t last = p_.batch.num_dims - (has_batch ? 1 : 2);  // what the operand's last is
-    const int64_t num_batch = rank - core_rank;
-    if (num_batch < (has_batch ? 1 : 0) || num_batch > last + 1) {
-      const int64_t least = core_rank + (has_batch ? 1 : 0), most = core_rank + last + 1;
-      Expect(name, dims, false,
-             std::to_string(least) + (least == most ? "" : " to " + std::to_string(most)) +
-                 " dimensions");
-      return batch;
-    }
-    for (int64_t i = 0; i < num_batch; ++i) {
-      const int64_t size = dims[num_batch - 1 - i], target = last - i;
-      const bool is_op_batch = has_batch && i == 0;
-      const bool broadcasts = size == 1 && (!is_op_batch || may_be_one);
-      if (size != p_.batch.sizes[target] && !broadcasts) {
-        Expect(name, dims, false,
-               "batch dimensions that agree with out: " + std::to_string(size) + " is not " +
-                   std::to_string(p_.batch.sizes[target]));
-      }
-      batch.strides[target] = size == 1 ? 0 : stride;
-      stride *= size;
-    }
-    return batch;
   }
 
   void ReadQuery(ffi::AnyBuffer query) {
@@ -211,7 +148,7 @@ class Reader {
       agrees = v_dims[v_rank - d] == dims[rank - d];
     Expect("value", v_dims, agrees, "that of key, with v_head_dim of out");
     Expect("key", dims, dims[rank - 1] == p_.head_dim, "head_dim of query");
-    if (!error_.empty()) return;
+    if (!error().empty()) return;
     p_.key.batch = ReadBatch("key", dims, core_rank, !paged());
     p_.value.batch = ReadBatch("value", v_dims, core_rank, !paged());
     SetStrides(p_.key, p_.head_dim);
@@ -221,28 +158,6 @@ class Reader {
     if (p_.key.dtype != p_.value.dtype) Fail("key and value differ in type");
     p_.key.data = key.untyped_data();
     p_.value.data = value.untyped_data();
-  }
-
-  static std::string_view NextName(std::string_view& names) {
-    const size_t comma = names.find(',');
-    const std::string_view name = names.substr(0, comma);
-    names = comma == std::string_view::npos ? std::string_view() : names.substr(comma + 1);
-    return name;
-  }
-
-  template <typename Visit>
-  void ForEachOperand(ffi::RemainingArgs rest, Visit visit) {
-    std::string_view names = attrs_.operands;
-    size_t i = 0;
-    for (; !names.empty(); ++i) {
-      const std::string_view name = NextName(names);
-      const ffi::ErrorOr<ffi::AnyBuffer> buffer =
-          i < rest.size() ? rest.get<ffi::AnyBuffer>(i)
-                          : ffi::Unexpected(InvalidArgument(kOp, "missing"));
-      if (!buffer.has_value()) return Fail(std::string(name) + " is missing");
-      visit(name, buffer.value());
-    }
-    if (i != rest.size()) Fail("there are more arguments than names in `operands`");
   }
 
   void ReadPageTable(ffi::AnyBuffer buffer) {
@@ -259,13 +174,11 @@ class Reader {
   void ReadOptional(std::string_view name, ffi::AnyBuffer buffer) {
     if (name == "page_table") return;
     if (name == "bias") {
-      p_.bias.dtype = FloatingType(name, buffer);
-      if (SizeOf(p_.bias.dtype) == 1) Fail("bias has an element type that is not supported");
-      return ReadRows(name, buffer, p_.bias);
+      return ReadBias(buffer, p_.num_q_heads, p_.query_len, p_.kv_len, p_.bias);
     }
     if (name == "mask") {
       ExpectType(name, buffer, ffi::DataType::PRED);
-      return ReadRows(name, buffer, p_.mask);
+      return ReadRows(name, buffer, p_.num_q_heads, p_.query_len, p_.kv_len, p_.mask);
     }
     if (name == "k_scale") return ReadScale(name, buffer, attrs_.k_scale_rank, p_.k_scale);
     if (name == "v_scale") return ReadScale(name, buffer, attrs_.v_scale_rank, p_.v_scale);
@@ -294,24 +207,6 @@ class Reader {
     operand.data = reinterpret_cast<const T*>(buffer.untyped_data());
   }
 
-  void ReadRows(std::string_view name, ffi::AnyBuffer buffer, RowOperand& rows) {
-    const Dimensions dims = buffer.dimensions();
-    const int64_t rank = dims.size();
-    const std::string expected = "[batch, " + std::to_string(p_.num_q_heads) + ", " +
-                                 std::to_string(p_.query_len) + ", " + std::to_string(p_.kv_len) +
-                                 "], or 1 for the first three";
-    if (rank < 4) return Expect(name, dims, false, expected);
-    const int64_t heads = dims[rank - 3], queries = dims[rank - 2], keys = dims[rank - 1];
-    Expect(name, dims,
-           (heads == 1 || heads == p_.num_q_heads) && (queries == 1 || queries == p_.query_len) &&
-               keys == p_.kv_len,
-           expected);
-    rows.query_stride = queries == 1 ? 0 : keys;
-    rows.head_stride = heads == 1 ? 0 : queries * keys;
-    rows.batch = ReadBatch(name, dims, 3, true, /*may_be_one=*/true);
-    rows.data = buffer.untyped_data();
-  }
-
   void ReadScale(std::string_view name, ffi::AnyBuffer buffer, int64_t rank, ScaleOperand& scale) {
     const Dimensions dims = buffer.dimensions();
     const int64_t all = dims.size();
@@ -337,7 +232,7 @@ class Reader {
       agrees = false;
     }
     Expect(name, dims, agrees, "a scalar, [num_kv_heads], or that of key without head_dim");
-    if (!error_.empty()) return;
+    if (!error().empty()) return;
     scale.batch = ReadBatch(name, dims, has_batch ? rank - 1 : rank, has_batch);
     scale.data = reinterpret_cast<const float*>(buffer.untyped_data());
   }
@@ -345,7 +240,6 @@ class Reader {
   const SplitKvAttentionAttrs& attrs_;
   SplitKvAttentionParams& p_;
   bool has_layers_ = false;
-  std::string error_;
 };
 
 }  // namespace

@@ -12,10 +12,21 @@ from typing import Any
 import jax
 
 from jax_attn._src.fused_qkv_rope_cache import primitive as fused_qkv
+from jax_attn._src.small_seq_attention import primitive as small_seq
 from jax_attn._src.split_kv_attention import primitive as split_kv
 
-_OPERATIONS = (split_kv.operation, fused_qkv.operation)
-_DESCRIBE = {module.NAME: module.describe for module in (split_kv, fused_qkv)}
+_OPERATIONS = (
+    split_kv.operation,
+    fused_qkv.operation,
+    small_seq.operation,
+    small_seq.gradient_operation,
+)
+_DESCRIBE = {
+    split_kv.NAME: split_kv.describe,
+    fused_qkv.NAME: fused_qkv.describe,
+    small_seq.NAME: small_seq.describe,
+    small_seq.GRADIENT_NAME: small_seq.describe,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +78,9 @@ def explain(
     """Returns a function that explains the attention calls that `fn` makes.
 
     `explain(fn)(*args)` traces `fn` and reports every call of an operation of this package, in the
-    order of the program, also inside jit, scan, while and shard_map (there per shard). Calls of a
-    backward pass are plain JAX and are not listed.
+    order of the program, also inside jit, scan, while and shard_map (there per shard). The backward
+    pass of `small_seq_attention` is a call of its own; those of other operations are plain JAX and
+    are not listed.
 
     Args:
       fn: A function, or a jitted one; donation is seen only in the latter.

@@ -73,7 +73,9 @@ def under_vmap(
         if depth == 0:
             return reference(operands, options)
         outermost = {name: extra[name] == depth for name in operands}
-        size = max(operands[name].shape[0] for name in operands if outermost[name])
+        # Any size but 1 is the size that all have; it may be 0.
+        sizes = {operands[name].shape[0] for name in operands if outermost[name]}
+        size = next((s for s in sizes if s != 1), 1)
         axes, mapped = {}, {}
         for name, x in operands.items():
             shared = not outermost[name] or x.shape[0] != size

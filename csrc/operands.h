@@ -1,16 +1,18 @@
 // Copyright 2026 The jax_attn Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Operands that may carry the dimensions of vmap, as every operation sees them.
+// How the operands of a problem are addressed, the same for every operation.
 
-#ifndef JAX_ATTN_CSRC_OPERAND_H_
-#define JAX_ATTN_CSRC_OPERAND_H_
+#ifndef JAX_ATTN_CSRC_OPERANDS_H_
+#define JAX_ATTN_CSRC_OPERANDS_H_
 
 #include <cstdint>
 
+#include "dtype.h"
+
 namespace jax_attn {
 
-// Dimensions that vmap put in front of an operand, and the batch dimension of ops that have one.
+// The batch dimension of the op and the dimensions that vmap put in front of it.
 inline constexpr int kMaxBatchDims = 8;
 
 struct BatchShape {
@@ -53,6 +55,18 @@ struct ScaleOperand {
   int64_t head_stride = 0;
 };
 
+// Bias or mask, [#B, #N, #T, S]; keys are contiguous.
+struct RowOperand {
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  BatchStrides batch;
+  int64_t head_stride = 0;
+  int64_t query_stride = 0;
+};
+
+// Where queries stand in their context: see `causal` in the public docstrings.
+enum class Causal : int32_t { kNone = 0, kBottomRight = 1, kTopLeft = 2 };
+
 }  // namespace jax_attn
 
-#endif  // JAX_ATTN_CSRC_OPERAND_H_
+#endif  // JAX_ATTN_CSRC_OPERANDS_H_

@@ -1,0 +1,303 @@
+# Copyright 2026 The jax_attn Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Times attention of very short sequences: this package, its peers, and the machine's limits.
+
+    python benchmarks/small_seq.py [--case REGEX] [--peer REGEX] [--json FILE] [--quick]
+
+Names of cases end in what is timed: the forward pass, the backward pass by itself with what it
+needs from the forward pass given, or both. The ceiling of a forward pass is a pass that reads as
+many bytes, and of the others one that copies them, measured in turn with the implementations.
+Results are compared with a float32 reference before anything is timed.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import json
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import device as device_lib
+import jax
+import jax.numpy as jnp
+import numpy as np
+import run
+from device import Device, Runner
+
+import jax_attn
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Cross attention of one query per sequence, or self attention of `query_len` queries."""
+
+    batch: int
+    kv_len: int
+    head_dim: int
+    direction: str = "forward"  # or "backward" or "both"
+    num_heads: int = 16
+    query_len: int = 1
+    dtype: str = "bfloat16"
+    packed: bool = False
+
+    @property
+    def name(self) -> str:
+        """Such as `b2048_kv8_h128_forward`."""
+        parts = [f"b{self.batch}", f"kv{self.kv_len}", f"h{self.head_dim}"]
+        parts += [f"n{self.num_heads}"] * (self.num_heads != 16)
+        parts += [f"q{self.query_len}"] * (self.query_len > 1)
+        parts += ["f32"] * (self.dtype == "float32") + ["packed"] * self.packed
+        return "_".join([*parts, self.direction])
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that must move: each input once, each result once."""
+        row = self.batch * self.num_heads * self.head_dim * jnp.dtype(self.dtype).itemsize
+        queries, keys = self.query_len * row, self.kv_len * row
+        forward, backward = 2 * queries + 2 * keys, 3 * queries + 4 * keys
+        return {"forward": forward, "backward": backward, "both": forward + backward}[
+            self.direction
+        ]
+
+
+DIRECTIONS = ("forward", "backward", "both")
+_TINY = Case(8, 4, 64, num_heads=4)
+CASES = tuple(
+    dataclasses.replace(case, direction=direction)
+    for case in (
+        *(
+            Case(batch, kv_len, head_dim)
+            for batch in (2048, 4000, 30720)
+            for kv_len in (2, 4, 6, 8, 12, 16)
+            for head_dim in (128, 256, 512)
+        ),
+        *(Case(2048, kv_len, 128, packed=True) for kv_len in (8, 16)),
+        *(Case(2048, kv_len, 128, dtype="float32") for kv_len in (8, 16)),
+        Case(2048, 8, 128, query_len=8),
+        _TINY,
+        dataclasses.replace(_TINY, packed=True),
+    )
+    for direction in DIRECTIONS
+)
+# What runs without being asked for, and in a room of this many bytes.
+DEFAULT = r"^b2048_kv(2|8|16)_h128(_f32|_packed|_q8)?_"
+MAX_BYTES = 3 << 30
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def make_inputs(case: Case, seed: int) -> tuple[jax.Array, ...]:
+    """Random normal query, key, value and cotangent of the output; dense."""
+    queries = (case.batch, case.query_len, case.num_heads, case.head_dim)
+    keys = (case.batch, case.kv_len, case.num_heads, case.head_dim)
+    shapes = (queries, keys, keys, queries)
+    random = jax.random.split(jax.random.key(seed), len(shapes))
+    return tuple(
+        jax.random.normal(k, shape, jnp.dtype(case.dtype))
+        for k, shape in zip(random, shapes, strict=True)
+    )
+
+
+# ---- Implementations: functions of query, key and value
+
+
+def ours(case: Case, implementation: str) -> Callable[..., jax.Array]:
+    """This package; packed cases are the same sequences one after the other."""
+    attend = functools.partial(jax_attn.small_seq_attention, implementation=implementation)
+    if not case.packed:
+        return attend
+    lengths = {"query": case.query_len, "kv": case.kv_len}
+    bounds = {
+        f"{side}_cu_seqlens": jnp.arange(case.batch + 1, dtype=jnp.int32) * length
+        for side, length in lengths.items()
+    }
+    hints = {"max_q_len": case.query_len, "max_kv_len": case.kv_len}
+
+    def packed(*arrays: jax.Array) -> jax.Array:
+        tokens = (x.reshape(-1, *x.shape[2:]) for x in arrays)
+        return attend(*tokens, **bounds, **hints).reshape(arrays[0].shape)
+
+    return packed
+
+
+def jax_nn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """`jax.nn.dot_product_attention`."""
+    return jax.nn.dot_product_attention(query, key, value, implementation="xla")
+
+
+def einsum(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Two einsums."""
+    logits = jnp.einsum("btnh,bsnh->bnts", query, key, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits * query.shape[-1] ** -0.5, axis=-1).astype(value.dtype)
+    return jnp.einsum("bnts,bsnh->btnh", weights, value)
+
+
+def multiply(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Products and sums, which XLA's CPU compiler vectorises better in float32."""
+    q, k, v = (x.astype(jnp.float32) for x in (query[:, :, None], key[:, None], value[:, None]))
+    logits = jnp.sum(q * k, axis=-1) * query.shape[-1] ** -0.5  # [B, T, S, N]
+    weights = jax.nn.softmax(logits, axis=2)
+    return jnp.sum(weights[..., None] * v, axis=2).astype(query.dtype)
+
+
+JAX_PEERS: dict[str, Callable[[Case], Callable[..., jax.Array]]] = {
+    "ours_native": lambda case: ours(case, "native"),
+    "ours_xla": lambda case: ours(case, "xla"),
+    "jax_nn": lambda case: jax_nn,
+    "xla_einsum": lambda case: einsum,
+    "xla_multiply": lambda case: multiply,
+}
+PEERS = (*JAX_PEERS, "torch")
+
+
+def jax_steps(
+    fn: Callable[..., jax.Array], direction: str, sets: Sequence[Sequence[jax.Array]]
+) -> list[Callable[[], Any]]:
+    """Functions without arguments that do a step each, on one input set each.
+
+    Each step gives its results' memory to the next, as a training loop does. Fresh memory would
+    cost more than what is measured: the system clears every page of it.
+    """
+
+    def both(*arrays: jax.Array) -> Any:
+        *operands, dout = arrays
+        out, pull = jax.vjp(fn, *operands)
+        return out, *pull(dout)
+
+    def forward(*arrays: jax.Array) -> Any:
+        return (fn(*arrays[:-1]),)
+
+    if direction == "backward":
+        linearize = jax.jit(functools.partial(jax.vjp, fn))
+        given = [(linearize(*x[:-1])[1], x[-1]) for x in sets]
+        step: Any = lambda pull, dout: pull(dout)  # noqa: E731
+    else:
+        given = [tuple(x) for x in sets]
+        step = both if direction == "both" else forward
+    reusing = jax.jit(lambda old, *x: step(*x), donate_argnums=0, keep_unused=True)
+    shapes = jax.eval_shape(step, *given[0])
+    old = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+
+    def call(x: Any) -> Any:
+        nonlocal old
+        old = reusing(old, *x)
+        return old
+
+    return [functools.partial(call, x) for x in given]
+
+
+def torch_step(direction: str, x: Sequence[jax.Array]) -> Any:
+    """PyTorch's scaled_dot_product_attention on the same memory."""
+    import torch
+
+    query, key, value, dout = (torch.from_dlpack(a).transpose(1, 2) for a in x)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    if direction == "forward":
+        return torch.no_grad()(lambda: attend(query, key, value).transpose(1, 2))
+    leaves = [a.detach().requires_grad_() for a in (query, key, value)]
+
+    def both() -> Any:
+        out = attend(*leaves)
+        return [a.transpose(1, 2) for a in (out, *torch.autograd.grad(out, leaves, dout))]
+
+    return both
+
+
+def prepare(peer: str, case: Case, sets: Sequence[Any]) -> Runner:
+    """An implementation that is ready to be timed; raises if it cannot do the case."""
+    if peer == "torch":
+        if not importlib.util.find_spec("torch"):
+            raise NotImplementedError("package torch is not installed")
+        if case.direction == "backward":
+            raise NotImplementedError("its graph cannot be used twice")
+        return Runner([torch_step(case.direction, x) for x in sets], lambda out: None)
+    if case.packed and not peer.startswith("ours"):
+        raise NotImplementedError("no packed sequences")
+    steps = jax_steps(JAX_PEERS[peer](case), case.direction, sets)
+    return Runner(steps, jax.block_until_ready)
+
+
+def results_of(out: Any) -> list[np.ndarray]:
+    """Arrays in float32, whichever library made them."""
+    arrays = out if isinstance(out, list | tuple) else [out]
+    return [
+        np.asarray(a.float() if hasattr(a, "numpy") and not isinstance(a, jax.Array) else a).astype(
+            np.float32
+        )
+        for a in arrays
+    ]
+
+
+def measure(case: Case, peers: Sequence[str], device: Device, quick: bool) -> list[dict[str, Any]]:
+    """Checks and times the implementations of a case, and returns a row for each."""
+    num_sets = device.num_sets(case.num_bytes, case.num_bytes)
+    sets = [make_inputs(case, seed) for seed in range(num_sets)]
+    exact = [x.astype(jnp.float32) for x in sets[0]]
+    expected = results_of(jax_steps(multiply, case.direction, [exact])[0]())
+    rows, runners = [], {}
+    for peer in peers:
+        row: dict[str, Any] = {
+            **{"case": case.name, "peer": peer, "bytes": case.num_bytes, "dtype": case.dtype},
+            "input_sets": num_sets,
+        }
+        rows.append(row)
+        try:
+            runner = prepare(peer, case, sets)
+            found = results_of(runner.calls[0]())
+        except NotImplementedError as e:
+            row |= {"status": "missing", "reason": str(e)}
+            continue
+        errors = [run.relative_error(a, b) for a, b in zip(found, expected, strict=True)]
+        row["error"] = max(errors)
+        # A gradient is made of results that were rounded before.
+        if row["error"] > 2 * run.TOLERANCE[case.dtype]:
+            row |= {"status": "wrong", "reason": f"relative error {row['error']:.1e}"}
+            continue
+        runners[peer], row["status"] = runner, "timed"
+    turns, seconds = (3, 0.01) if quick else (run.TURNS, run.TURN_SECONDS)
+    passes = device_lib.readers if case.direction == "forward" else device_lib.copiers
+    ceilings = passes(device, case.num_bytes, num_sets)
+    samples = device_lib.take_turns(runners | ceilings, device, turns, seconds)
+    rates = {name: case.num_bytes / float(np.median(samples[name])) for name in ceilings}
+    fastest = max(rates, key=lambda name: rates[name])
+    for row in rows:
+        if row["status"] == "timed":
+            row |= run.statistics(
+                samples[row["peer"]], case.num_bytes, rates[fastest], samples.get("ours_native")
+            )
+            row["ceiling_by"] = fastest
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns 1 if an implementation was wrong."""
+    parser = argparse.ArgumentParser(description="Times attention of very short sequences.")
+    parser.add_argument("--case", default=DEFAULT, help="cases whose name contains this expression")
+    parser.add_argument("--peer", default="", help="implementations, likewise")
+    parser.add_argument("--json", help="write results to this file")
+    parser.add_argument("--quick", action="store_true", help="few samples")
+    arguments = parser.parse_args(argv)
+    device = Device.default()
+    header = run.describe(device)
+    run.print_header(header)
+    peers = [peer for peer in PEERS if re.search(arguments.peer, peer)]
+    results: list[dict[str, Any]] = []
+    for case in CASES:
+        if not re.search(arguments.case, case.name):
+            continue
+        if device.platform == "cpu" and case.num_bytes > MAX_BYTES:
+            print(f"\n{case.name}: {case.num_bytes / 1e9:.1f} GB, left out on a CPU")
+            continue
+        rows = measure(case, peers, device, arguments.quick)
+        run.print_rows(f"{case.name}: {case.num_bytes / 1e6:.1f} MB", rows)
+        results += rows
+    if arguments.json:
+        report = {"header": header, "results": results}
+        pathlib.Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
+    return int(any(row["status"] == "wrong" for row in results))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
