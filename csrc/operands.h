@@ -64,7 +64,8 @@ struct RowOperand {
   int64_t query_stride = 0;
 };
 
-// Where queries stand in their context: see `causal` in the public docstrings.
+// Where queries stand in their context: see `causal` in the public docstrings. A `query_offset` of
+// split-KV attention says it instead where the keys are a part of the context.
 enum class Causal : int32_t { kNone = 0, kBottomRight = 1, kTopLeft = 2 };
 
 }  // namespace jax_attn

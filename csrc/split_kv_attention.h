@@ -44,10 +44,11 @@ struct SplitKvAttentionParams {
   RowOperand bias;
   RowOperand mask;  // one byte an entry, 0 hides the key
   Operand<int32_t> kv_lengths;
-  Operand<int32_t> page_table;  // [M]
-  Operand<int32_t> layer;       // []
-  Operand<float> alibi_slopes;  // [N]
-  Operand<float> sinks;         // [N]
+  Operand<int32_t> query_offset;  // []: position of the first query, counted from the first key
+  Operand<int32_t> page_table;    // [M]
+  Operand<int32_t> layer;         // []
+  Operand<float> alibi_slopes;    // [N]
+  Operand<float> sinks;           // [N]
   ScaleOperand k_scale;
   ScaleOperand v_scale;
 

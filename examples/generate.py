@@ -27,7 +27,7 @@ import numpy as np
 import tokenizer
 from display import Display
 from jax import lax
-from model import ModelConfig, Params, decode, make_rope, unembed
+from model import MeshAxes, ModelConfig, Params, decode, make_rope, unembed
 
 import jax_attn
 
@@ -67,6 +67,7 @@ class Options:
     temperature: float = 0.0
     implementation: str | None = None
     qkv_implementation: str | None = None
+    axes: MeshAxes | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +118,7 @@ def next_tokens(
         model.rope,
         implementation=options.implementation,
         qkv_implementation=options.qkv_implementation,
+        axes=options.axes,
     )
     logits = unembed(model.params, options.config, hidden[:, -1])
     return *choose(logits, key, kv_lengths, options.temperature), cache

@@ -65,6 +65,19 @@ class ModelConfig:
     tied_embeddings: bool = True
 
 
+@dataclasses.dataclass(frozen=True)
+class MeshAxes:
+    """Mesh axes of `decode` inside `shard_map`.
+
+    Attributes:
+      heads: Shards heads and the width of MLPs; sums the residual stream.
+      context: Shards every context: each device has the pages of a part of it.
+    """
+
+    heads: str
+    context: str
+
+
 def param_shapes(config: ModelConfig) -> Params:
     """Returns the parameters of a model, each as a `jax.ShapeDtypeStruct` of float32."""
     c = config
@@ -172,6 +185,7 @@ def decode(
     *,
     implementation: str | None = None,
     qkv_implementation: str | None = None,
+    axes: MeshAxes | None = None,
 ) -> tuple[jax.Array, jax_attn.PagedKVCache]:
     """Runs new tokens over the cached ones before them: prefill and decoding alike.
 
@@ -190,6 +204,8 @@ def decode(
       implementation: Of the attention: "native", "xla", or None for the compiled kernels where
         there are some.
       qkv_implementation: Of the pass from the QKV projection to the cache, likewise.
+      axes: The mesh axes, inside `shard_map`. `config` then has the heads of one device, and
+        `page_table` is the part of the contexts that it keeps.
 
     Returns:
       Hidden states `[batch, length, hidden_size]`, for `unembed`, and the updated cache.
@@ -199,8 +215,15 @@ def decode(
     c = config
     batch, length = tokens.shape
     positions = kv_lengths[:, None] - length + jnp.arange(length, dtype=jnp.int32)[None]
-    slots = cache.slots(page_table, positions).reshape(-1)
+    first = jnp.int32(0)
+    if axes is not None:
+        first = lax.axis_index(axes.context) * (page_table.shape[1] * cache.page_size)
+    # A token outside this part of its context has no slot in it, and is not written.
+    slots = cache.slots(page_table, positions - first).reshape(-1)
     positions = positions.reshape(-1)
+
+    def over_heads(part: jax.Array) -> jax.Array:
+        return part if axes is None else lax.psum(part, axes.heads)
 
     # The cache of all layers is carried, never scanned over: it is updated in place.
     def layer(carry: Any, inputs: Any) -> tuple[Any, None]:
@@ -226,10 +249,11 @@ def decode(
             kv_lengths,
             layer=index,
             causal="bottom_right",
+            axis_name=None if axes is None else axes.context,
             implementation=implementation,
         )
-        x = x + _dot(out.reshape(batch, length, -1), w["attention_out"])
-        return (x + _mlp(c, x, w), new.cache), None
+        x = x + over_heads(_dot(out.reshape(batch, length, -1), w["attention_out"]))
+        return (x + over_heads(_mlp(c, x, w)), new.cache), None
 
     indices = jnp.arange(c.num_layers, dtype=jnp.int32)
     start = (params["embed"][tokens], cache)

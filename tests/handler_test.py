@@ -227,6 +227,14 @@ DENSE_ERRORS = {
         {"rest": {"kv_lengths": zeros(2)}},
         "kv_lengths has an element type that is not expected",
     ),
+    "offset_batch": (
+        {"rest": {"query_offset": zeros(3, dtype="int32")}},
+        r"query_offset has shape \[3\], expected batch dimensions that agree with out: 3 is not 2",
+    ),
+    "offset_dtype": (
+        {"rest": {"query_offset": zeros(2)}},
+        "query_offset has an element type that is not expected",
+    ),
     "bias_shape": (
         {"rest": {"bias": zeros(2, 4, 2, 6)}},
         r"bias has shape \[2, 4, 2, 6\], expected \[batch, 4, 3, 6\], or 1 for the first three",

@@ -17,6 +17,8 @@ import pytest
 import support
 
 import jax_attn
+from jax_attn._src.split_kv_attention import primitive
+from jax_attn._src.split_kv_attention.problem import Operands, Options
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in jax_attn.platforms(), reason="this build of jax_attn has no kernels for the CPU"
@@ -28,6 +30,12 @@ VARIANTS = support.VARIANTS
 attend = functools.partial(
     jax_attn.split_kv_attention, return_lse=True, implementation="native", scale=1.0
 )
+
+
+def attend_to_part(query, key, value, query_offset, **options):
+    """Attends to keys that are a part of their context, as a shard is."""
+    operands = Operands(query, key, value, query_offset=jnp.asarray(query_offset, jnp.int32))
+    return primitive.attend(operands, Options(scale=1.0, implementation="native", **options))
 
 
 # ---- What is read
@@ -75,7 +83,8 @@ def attend_guarded(unread, **options):
             start = sequence * 64 * mmap.PAGESIZE
             forbid(array, (start + begin * mmap.PAGESIZE, start + end * mmap.PAGESIZE))
     query = jnp.ones((2, 2, heads, head_dim))
-    out, _ = attend(query, *arrays, **options)
+    run = attend_to_part if "query_offset" in options else attend
+    out, _ = run(query, *arrays, **options)
     out = np.asarray(out)
     assert np.all((np.abs(out - 1) < 1e-6) | (out == 0)), options
 
@@ -98,6 +107,11 @@ def guards():
         (
             [(0, 0, 28), (0, 33, 64), (1, 1, 64)],
             {"kv_lengths": lengths, "sliding_window": 4, "num_splits": 2},
+        ),
+        ([(0, 0, 64), (1, 1, 64)], {"query_offset": [-5, -1], "causal": "bottom_right"}),
+        (
+            [(0, 0, 64), (1, 0, 62)],
+            {"query_offset": [70, 67], "causal": "bottom_right", "sliding_window": 6},
         ),
         ([(0, 0, 7), (0, 9, 64), (1, 0, 50), (1, 51, 64)], {"mask": jnp.asarray(mask)}),
         ([(0, 0, 7), (0, 9, 64), (1, 0, 50), (1, 51, 64)], {"mask": jnp.asarray(per_head)}),

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Split-KV and paged attention over meshes of eight CPU devices."""
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -403,3 +404,29 @@ def test_shardy_rules():
     rule, special = mapped.shardy_rule()
     assert rule == "vmap_0 vmap_1 b (k g), one_y_0 b k -> vmap_0 vmap_1 b (k g)"
     assert special == {"need_replication_factors": ("g", "one_y_0"), "g": 4}
+
+
+def test_merged_dimensions():
+    merging = sharding.Call(
+        spec=sharding.ShardingSpec(
+            {"x": "b d", "y": "s b", "out": "b", "d_y": "s b", "d_x": "b d"}, ("b",), ("s",)
+        ),
+        operands={"x": (4, 3), "y": (8, 4)},
+        results={"out": (4,)},
+        num_batch_dims=0,
+        sizes={},
+    )
+    assert merging.shardy_rule() == (
+        "b d, s b -> b",
+        {"reduction_factors": ("s",), "need_replication_factors": ("d",)},
+    )
+    # `y` is the larger one, so that its sharding stays and that of `x` does not.
+    plan = merging.plan({"x": P("x"), "y": P(("x", "z"), "y")}, MESH)
+    assert plan == {"s": ("x", "z"), "b": ("y",)}
+    assert merging.merged_axes(plan) == {"s": ("x", "z")}
+    assert merging.summed_axes("out", plan) == ("x", "z")
+    # A gradient that has the dimension is no sum over it, and then Shardy reduces nothing.
+    gradients = dataclasses.replace(merging, results={"d_y": (8, 4), "d_x": (4, 3)})
+    assert gradients.summed_axes("d_y", plan) == ()
+    assert gradients.summed_axes("d_x", plan) == ("x", "z")
+    assert gradients.shardy_rule()[1] == {"need_replication_factors": ("d",)}

@@ -111,7 +111,7 @@ struct HeadTile {
 struct Sequence {
   const SplitKvAttentionParams& p;
   const SplitItem& item;
-  int64_t length;
+  Context context;
   int64_t group;
   KeyRange common;  // what all rows see, by everything but the mask
   KeyAddresses k, v;
@@ -120,15 +120,15 @@ struct Sequence {
   Sequence(const SplitKvAttentionParams& p, const SplitItem& item, int64_t layer)
       : p(p),
         item(item),
-        length(ContextLength(p, item.batch_index)),
+        context(ContextOf(p, item.batch_index)),
         group(p.group_size()),
         k(p, p.key, item.batch_index, layer),
         v(p, p.value, item.batch_index, layer),
         k_scale(p, p.k_scale, item.batch_index, layer),
         v_scale(p, p.v_scale, item.batch_index, layer) {
     // Both ends of what a query sees move forward with the query.
-    common.begin = VisibleKeys(p, length, QueryOf(item.rows.end - 1)).begin;
-    common.end = VisibleKeys(p, length, QueryOf(item.rows.begin)).end;
+    common.begin = VisibleKeys(p, context, QueryOf(item.rows.end - 1)).begin;
+    common.end = VisibleKeys(p, context, QueryOf(item.rows.begin)).end;
   }
 
   int64_t QueryOf(int64_t row) const { return row / group; }
@@ -150,7 +150,7 @@ inline void SeenThroughMask(const Sequence& s, int64_t kv_head, const Tile& tile
     if (one_query && row - s.item.rows.begin >= (one_head ? 1 : s.group)) break;
     if (one_head && row > s.item.rows.begin && s.QueryOf(row) == s.QueryOf(row - 1)) continue;
     const uint8_t* mask = s.MaskRow(kv_head, row) + tile.first_key;
-    KeyRange keys = VisibleKeys(s.p, s.length, s.QueryOf(row));
+    KeyRange keys = VisibleKeys(s.p, s.context, s.QueryOf(row));
     if (one_query) keys = s.item.keys;
     const int64_t first = keys.begin - tile.first_key, last = keys.end - tile.first_key;
     for (int64_t j = first < 0 ? 0 : first; j < last && j < tile.num_keys; ++j) {

@@ -153,6 +153,7 @@ nb::list Capabilities() {
     };
     row["max_query_len"] = length(capability.max_query_len);
     row["max_kv_len"] = length(capability.max_kv_len);
+    row["query_offset"] = capability.query_offset;
     rows.append(row);
   }
   return rows;
@@ -221,13 +222,13 @@ NB_MODULE(_cpu, m) {
       "refusal",
       [](const std::string& op, const std::string& query_dtype, const std::string& cache_dtype,
          int64_t head_dim, int64_t v_head_dim, int64_t num_batch_dims, int64_t query_len,
-         int64_t kv_len) {
+         int64_t kv_len, bool query_offset) {
         return Refusal(op, "cpu", DTypeNamed(query_dtype), DTypeNamed(cache_dtype), head_dim,
-                       v_head_dim, num_batch_dims, query_len, kv_len);
+                       v_head_dim, num_batch_dims, query_len, kv_len, query_offset);
       },
       nb::arg("op"), nb::kw_only(), nb::arg("query_dtype"), nb::arg("cache_dtype"),
       nb::arg("head_dim"), nb::arg("v_head_dim"), nb::arg("num_batch_dims"),
-      nb::arg("query_len") = 0, nb::arg("kv_len") = 0);
+      nb::arg("query_len") = 0, nb::arg("kv_len") = 0, nb::arg("query_offset") = false);
   m.def("split_kv_plan", &Plan, nb::kw_only(), nb::arg("batch"), nb::arg("query_len"),
         nb::arg("num_q_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("v_head_dim"),
         nb::arg("kv_len"), nb::arg("heads_first"), nb::arg("num_splits"), nb::arg("split_size"));

@@ -68,8 +68,7 @@ inline void Logits(const Sequence& seq, const Tile& tile, const bool* seen, int6
     }
     if (p.alibi_slopes.data != nullptr) {
       const float slope = p.alibi_slopes.At(p.batch, seq.item.batch_index)[head];
-      const int64_t position =
-          p.causal == Causal::kTopLeft ? query : seq.length - p.query_len + query;
+      const int64_t position = seq.context.first_query + query;
       for (int64_t j = 0; j < tile.num_keys; ++j) {
         const int64_t distance = position - (tile.first_key + j);
         s[j] -= slope * static_cast<float>(distance < 0 ? -distance : distance);
@@ -77,7 +76,7 @@ inline void Logits(const Sequence& seq, const Tile& tile, const bool* seen, int6
     }
     for (int64_t j = 0; j < kTileKeys; j += kLanes) Store(s + j, Load(s + j) * kLog2E);
   }
-  const KeyRange visible = VisibleKeys(p, seq.length, query);
+  const KeyRange visible = VisibleKeys(p, seq.context, query);
   const int64_t first = visible.begin - tile.first_key;
   int64_t last = visible.end - tile.first_key;
   if (last > tile.num_keys) last = tile.num_keys;

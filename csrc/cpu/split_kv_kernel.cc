@@ -160,8 +160,8 @@ void AttendHead(const Sequence& seq, const Scratch& scratch, const Tile& tile, i
   const auto sees_tile = [&](int64_t row, int64_t size) {
     if (seen_by_all) return true;
     const int64_t begin = seq.item.rows.begin + row;
-    const KeyRange first = VisibleKeys(p, seq.length, seq.QueryOf(begin));
-    const KeyRange last = VisibleKeys(p, seq.length, seq.QueryOf(begin + size - 1));
+    const KeyRange first = VisibleKeys(p, seq.context, seq.QueryOf(begin));
+    const KeyRange last = VisibleKeys(p, seq.context, seq.QueryOf(begin + size - 1));
     return last.end > tile.first_key && first.begin < tile.first_key + tile.num_keys;
   };
   ForRowGroups(scratch.rows, [&](auto size, int64_t row) {

@@ -37,21 +37,37 @@ struct KeyRange {
   int64_t size() const { return end > begin ? end - begin : 0; }
 };
 
+// The keys that a sequence has, and the position of its first query among them, or outside.
+struct Context {
+  int64_t length = 0;
+  int64_t first_query = 0;
+};
+
+inline Context ContextOf(const SplitKvAttentionParams& p, int64_t batch_index) {
+  Context context;
+  context.length = p.kv_len;
+  if (p.kv_lengths.data != nullptr) {
+    const int64_t length = *p.kv_lengths.At(p.batch, batch_index);
+    context.length = length < 0 ? 0 : length > p.kv_len ? p.kv_len : length;
+  }
+  if (p.query_offset.data != nullptr) {
+    context.first_query = *p.query_offset.At(p.batch, batch_index);
+  } else if (p.causal != Causal::kTopLeft) {
+    context.first_query = context.length - p.query_len;
+  }
+  return context;
+}
+
 // Keys that a query may see by length, causality and window. The same for all heads.
-inline KeyRange VisibleKeys(const SplitKvAttentionParams& p, int64_t length, int64_t query) {
-  const int64_t position = p.causal == Causal::kTopLeft ? query : length - p.query_len + query;
-  KeyRange keys{0, length};
+inline KeyRange VisibleKeys(const SplitKvAttentionParams& p, const Context& context,
+                            int64_t query) {
+  const int64_t position = context.first_query + query;
+  KeyRange keys{0, context.length};
   if (p.causal != Causal::kNone && position + 1 < keys.end) keys.end = position + 1;
   if (p.sliding_window != 0 && position - p.sliding_window + 1 > keys.begin) {
     keys.begin = position - p.sliding_window + 1;
   }
   return keys;
-}
-
-inline int64_t ContextLength(const SplitKvAttentionParams& p, int64_t batch_index) {
-  if (p.kv_lengths.data == nullptr) return p.kv_len;
-  const int64_t length = *p.kv_lengths.At(p.batch, batch_index);
-  return length < 0 ? 0 : length > p.kv_len ? p.kv_len : length;
 }
 
 // What one thread does at a time: some rows of some kv heads against one split of the keys.

@@ -34,10 +34,10 @@ KeyRange TrimByMask(const SplitKvAttentionParams& p, int64_t batch_index, KeyRan
 }
 
 KeyRange KeysOfRows(const SplitKvAttentionParams& p, int64_t batch_index, RowBlock rows) {
-  const int64_t length = ContextLength(p, batch_index);
+  const Context context = ContextOf(p, batch_index);
   // Both ends of what a query sees move forward with the query.
-  const KeyRange first = VisibleKeys(p, length, rows.begin / p.group_size());
-  const KeyRange last = VisibleKeys(p, length, (rows.end - 1) / p.group_size());
+  const KeyRange first = VisibleKeys(p, context, rows.begin / p.group_size());
+  const KeyRange last = VisibleKeys(p, context, (rows.end - 1) / p.group_size());
   return TrimByMask(p, batch_index, {first.begin, last.end});
 }
 

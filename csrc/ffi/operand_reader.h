@@ -139,6 +139,14 @@ class OperandReader {
     if (i != rest.size()) Fail("there are more arguments than names in `operands`");
   }
 
+  // Whether a list of names separated by commas has one.
+  static bool HasName(std::string_view names, std::string_view wanted) {
+    while (!names.empty()) {
+      if (NextName(names) == wanted) return true;
+    }
+    return false;
+  }
+
   // Takes the first of a list of names separated by commas.
   static std::string_view NextName(std::string_view& names) {
     const size_t comma = names.find(',');

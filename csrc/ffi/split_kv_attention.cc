@@ -28,8 +28,9 @@ class Reader : OperandReader {
     ReadQuery(query);
     ReadContext(key, value);
     if (!error().empty()) return ToError();
-    const std::string refusal = Refusal(kOp, platform, p_.query_dtype, p_.key.dtype, p_.head_dim,
-                                        p_.v_head_dim, p_.batch.num_dims);
+    const std::string refusal =
+        Refusal(kOp, platform, p_.query_dtype, p_.key.dtype, p_.head_dim, p_.v_head_dim,
+                p_.batch.num_dims, 0, 0, HasName(attrs_.operands, "query_offset"));
     if (!refusal.empty()) return InvalidArgument(kOp, refusal);
     // kv_len of a paged context comes from the page table, so that one is read first.
     ForEachOperand(attrs_.operands, rest, [&](std::string_view name, ffi::AnyBuffer buffer) {
@@ -119,10 +120,7 @@ class Reader : OperandReader {
     const Dimensions dims = key.dimensions();
     const int64_t rank = dims.size();
     if (rank < 4) return Expect("key", dims, false, "at least 4 dimensions");
-    has_layers_ = false;
-    for (std::string_view names = attrs_.operands; !names.empty();) {
-      if (NextName(names) == "layer") has_layers_ = true;
-    }
+    has_layers_ = Names("layer");
     const int64_t core_rank = paged() ? (has_layers_ ? 5 : 4) : 3;
     if (rank < core_rank) return Expect("key", dims, false, "a layer axis");
     const bool head_major = attrs_.page_layout == 2;
@@ -184,6 +182,9 @@ class Reader : OperandReader {
     if (name == "v_scale") return ReadScale(name, buffer, attrs_.v_scale_rank, p_.v_scale);
     if (name == "kv_lengths") {
       return ReadVector(name, buffer, ffi::DataType::S32, 0, true, p_.kv_lengths);
+    }
+    if (name == "query_offset") {
+      return ReadVector(name, buffer, ffi::DataType::S32, 0, true, p_.query_offset);
     }
     if (name == "layer") return ReadVector(name, buffer, ffi::DataType::S32, 0, false, p_.layer);
     if (name == "alibi_slopes") {

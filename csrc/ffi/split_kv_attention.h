@@ -13,6 +13,7 @@
 //   bias          [#B, #N, #T, S] f32, bf16, f16       (#: that size or 1)
 //   mask          [#B, #N, #T, S] pred
 //   kv_lengths    [B] s32
+//   query_offset  [B] s32                               position of the first query
 //   page_table    [B, M] s32                            S = M * page_size
 //   layer         [] s32
 //   alibi_slopes  [N] f32

@@ -143,6 +143,24 @@ def check_together(op: str, given: Mapping[str, Any]) -> None:
         raise ValueError(f"{op}: {' and '.join(names)} exclude each other; give one of them.")
 
 
+def mesh_axes(op: str, argument: str, value: Any) -> tuple[str, ...]:
+    """Returns the names of mesh axes as a tuple; raises unless they are manual here."""
+    axes = (value,) if isinstance(value, str) else value
+    if not isinstance(axes, tuple) or not all(isinstance(axis, str) for axis in axes):
+        raise TypeError(f"{op}: {argument} must be str or a tuple of str, got {value!r}.")
+    if not axes or len(set(axes)) != len(axes):
+        raise ValueError(f"{op}: {argument} must name different mesh axes, got {value!r}.")
+    for axis in axes:
+        try:
+            jax.lax.axis_size(axis)
+        except NameError:
+            raise ValueError(
+                f"{op}: {argument} names {axis!r}, which is no manual mesh axis here. It is for "
+                "use inside jax.shard_map; elsewhere shard the arrays, and leave it out."
+            ) from None
+    return axes
+
+
 def _one_of(names: Collection[str]) -> str:
     *head, last = names
     return f"{', '.join(head)} or {last}" if head else last

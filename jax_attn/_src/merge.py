@@ -36,7 +36,7 @@ def merge_attention(
       The merged output, like a part, and its lse, float32 `[batch, query_len, num_q_heads]`.
 
     Raises:
-      ValueError: If there are no parts, or shapes disagree.
+      ValueError: If there are no parts, shapes disagree, or there is no such mesh axis.
       TypeError: If an argument has a dtype that is not accepted.
     """
     op = "merge_attention"
@@ -54,32 +54,67 @@ def merge_attention(
         dims.bind(f"lses[{i}]", lses[i], "batch query_len num_q_heads")
     out = outs if isinstance(outs, jax.Array) else jnp.stack(list(outs))
     lse = lses if isinstance(lses, jax.Array) else jnp.stack(list(lses))
-    dtype = out.dtype
-
-    # The maximum only keeps the exponentials in range: its gradient cancels.
-    top = jax.lax.stop_gradient(jnp.max(lse, axis=0, keepdims=True))
-    if axis_name is not None:
-        top = jax.lax.pmax(top, axis_name)
     if sinks is not None:
         checks.check_dtype(op, "sinks", sinks, dtypes.FLOAT_DTYPES)
         dims.bind("sinks", sinks, "num_q_heads")
-        sinks = sinks.astype(jnp.float32)[None, None, None, :]
-        top = jnp.maximum(top, jax.lax.stop_gradient(sinks))
+        sinks = sinks.astype(jnp.float32)
+    if axis_name is not None:
+        axis_name = checks.mesh_axes(op, "axis_name", axis_name)
+    return _merge(out, lse, sinks, axis_name, lse_includes_sinks=True)
+
+
+def merge_shards(
+    out: jax.Array,
+    lse: jax.Array,
+    sinks: jax.Array | None,
+    axes: tuple[str, ...],
+    *,
+    lse_includes_sinks: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Merges one part of each device over mesh axes, under any number of vmap dimensions."""
+    return _merge(out[None], lse[None], sinks, axes, lse_includes_sinks=lse_includes_sinks)
+
+
+def _merge(
+    out: jax.Array,
+    lse: jax.Array,
+    sinks: jax.Array | None,
+    axes: tuple[str, ...] | None,
+    *,
+    lse_includes_sinks: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Merges parts along the first dimension, and over mesh axes."""
+    dtype = out.dtype
+    # The maximum only keeps the exponentials in range: its gradient cancels.
+    top = jax.lax.stop_gradient(jnp.max(lse, axis=0, keepdims=True))
+    if axes is not None:
+        top = jax.lax.pmax(top, axes)
     weight = _exp_difference(lse, top)
     # An empty part may hold NaN from a kernel of someone else; its weight of 0 must win.
     weighted = jnp.where(weight[..., None] > 0, out.astype(jnp.float32), 0) * weight[..., None]
     total = jnp.sum(weight, axis=0, keepdims=True)
     merged = jnp.sum(weighted, axis=0)
-    if axis_name is not None:
-        total, merged = jax.lax.psum((total, merged), axis_name)
+    if axes is not None:
+        total, merged = jax.lax.psum((total, merged), axes)
+    merged_lse = _log_sum(top, total)
     if sinks is not None:
-        total = total + _exp_difference(sinks, top)
+        # [..., num_q_heads] to [1, ..., batch, query_len, num_q_heads]
+        sinks = jnp.expand_dims(sinks, (-3, -2))
+        sinks = jax.lax.expand_dims(sinks, range(lse.ndim - sinks.ndim))
+        top_of_all = jnp.maximum(top, jax.lax.stop_gradient(sinks))
+        factor = _exp_difference(top, top_of_all)
+        total = total * factor + _exp_difference(sinks, top_of_all)
+        merged = merged * factor[0, ..., None]
+        if lse_includes_sinks:
+            merged_lse = _log_sum(top_of_all, total)
+    merged = merged / jnp.where(total == 0, 1, total)[0, ..., None]
+    return merged.astype(dtype), merged_lse[0]
+
+
+def _log_sum(top: jax.Array, total: jax.Array) -> jax.Array:
+    """Returns top + log(total), -inf for a total of 0."""
     empty = total == 0
-    total = jnp.where(empty, 1, total)
-    return (
-        (merged / total[0, ..., None]).astype(dtype),
-        jnp.where(empty, -jnp.inf, top + jnp.log(total))[0],
-    )
+    return jnp.where(empty, -jnp.inf, top + jnp.log(jnp.where(empty, 1, total)))
 
 
 def _exp_difference(logit: jax.Array, top: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ from jax._src import dispatch
 from jax.core import ShapedArray
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_attn._src import sharding
@@ -22,11 +22,6 @@ from jax_attn._src import sharding
 Aval = Any
 
 Arrays = Mapping[str, jax.Array]
-
-
-def _as_they_are(operands: Arrays, options: Any, position: sharding.Position) -> tuple[Arrays, Any]:
-    del position
-    return operands, options
 
 
 def result_like(operand: Aval, shape: Sequence[int], dtype: Any) -> Aval:
@@ -93,6 +88,13 @@ def batch_shape(
     return np.broadcast_shapes(*[a.shape[: a.ndim - rank(n, options)] for n, a in avals.items()])
 
 
+def shard_like(primal: jax.Array, gradient: jax.Array) -> jax.Array:
+    """Gives a gradient the sharding that its type must have in explicit mode."""
+    if not explicit_axes()[1]:
+        return gradient
+    return jax.sharding.reshard(gradient, jax.typeof(primal).sharding.spec)
+
+
 def explicit_axes() -> tuple[Any, frozenset[str]]:
     """Returns the current mesh, and those of its axes over which arrays' types are sharded."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -109,8 +111,8 @@ class Operation:
     rule. It lowers to the inner one on shards, which lowers to the compiled kernel where there is
     one and to the reference elsewhere.
 
-    An operand may be replicated although each device needs only a part of it; then `localize`
-    takes that part.
+    Shards may need more than the operation itself, such as a merge of what they found, or a part
+    of an operand that all have; that is `on_shards`.
 
     Both take operands in order and the static parameters `names`, the operands' names, and
     `options`.
@@ -128,7 +130,7 @@ class Operation:
         kernels: Mapping[str, Callable[..., Any]],
         refuse_fallback: Callable[[Any, str, str], None],
         aliases: Callable[[Any], Mapping[str, int]] = lambda options: {},
-        localize: Callable[[Arrays, Any, sharding.Position], tuple[Arrays, Any]] = _as_they_are,
+        on_shards: Callable[..., Sequence[jax.Array]] = lambda bind, x, *_: bind(x),
     ):
         """Registers the primitives.
 
@@ -144,8 +146,9 @@ class Operation:
           refuse_fallback: `(options, platform, reason)` raises if the reference is not wanted.
           aliases: `(options)` to the operands that are updated in place, with the index of the
             result that each becomes. They have all dimensions of vmap.
-          localize: `(shards by name, options, position in the mesh)` to the operands of a device,
-            and the options for them.
+          on_shards: `(bind, shards of operands by name, options, call, plan)` to the shards of the
+            results, where manual mesh axes are those of `plan`. `bind` applies the operation to
+            operands, with these or other options.
         """
         self.name = name
         self._operands = tuple(operands)
@@ -154,9 +157,9 @@ class Operation:
         self._call = call
         self._kernels = kernels
         self._refuse_fallback = refuse_fallback
+        self._on_shards = on_shards
         self._results = results
         self._aliases = aliases
-        self._localize = localize
 
         self._outer = self._make_primitive(name)
         self._inner = self._make_primitive(f"{name}_local")
@@ -168,14 +171,18 @@ class Operation:
         # Partitioning by a Python callback asks for the devices at lowering.
         dispatch.prim_requires_devices_during_lowering.add(self._outer)
         batching.primitive_batchers[self._outer] = self._batch
+        ad.primitive_jvps[self._outer] = self._jvp
         self._outer.def_impl(lambda *args, **params: self._compiled(**params)(*args))
 
     def bind(self, operands: Mapping[str, jax.Array], options: Any) -> tuple[jax.Array, ...]:
         """Applies the operation to operands by name."""
+        return self._bind(self._outer, operands, options)
+
+    def _bind(self, primitive: Any, operands: Mapping[str, jax.Array], options: Any) -> Any:
         # Pytrees sort the keys of a dict; the kernel has an order of its own.
         names = tuple(name for name in self._operands if name in operands)
         args = [operands[name] for name in names]
-        return tuple(self._outer.bind(*args, names=names, options=options))
+        return tuple(primitive.bind(*args, names=names, options=options))
 
     def matches(self, primitive: Any) -> bool:
         """Whether a primitive found in a jaxpr is this operation."""
@@ -234,15 +241,45 @@ class Operation:
         results = self._outer.bind(*mapped, names=names, options=options)
         return results, [0] * len(results)
 
+    def _jvp(
+        self, primals: Sequence[Any], tangents: Sequence[Any], *, names: Any, options: Any
+    ) -> Any:
+        """Differentiates the reference: for second derivatives, of gradients."""
+
+        def plain(*args: jax.Array) -> list[jax.Array]:
+            return list(self._reference(dict(zip(names, args, strict=True)), options))
+
+        return jax.jvp(plain, tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
+
     def _lower(self, ctx: Any, *args: Any, names: Any, options: Any) -> Any:
         axes = ctx.module_context.axis_context
         # Under manual axes the operands are shards already, and the partitioner's callback does
         # not work; on one device there is nothing to partition, and without the callback programs
         # can be exported and cached.
         local = bool(getattr(axes, "manual_axes", None)) or getattr(axes, "num_devices", 0) == 1
+        if not local:
+            self._check_partitioning(ctx, names, options)
         inner = functools.partial(self._inner.bind, names=names, options=options)
         function = inner if local else self._partitioned(names, options)
         return mlir.lower_fun(function, multiple_results=True)(ctx, *args)
+
+    def _check_partitioning(self, ctx: Any, names: tuple[str, ...], options: Any) -> None:
+        """Raises what would be an obscure error in XLA's partitioner, or end the process."""
+        if ctx.module_context.lowering_parameters.for_export:
+            raise NotImplementedError(
+                f"{self.name}: jax.export cannot serialize what XLA is left to partition over "
+                "several devices. Export a jax.shard_map, or use a mesh of explicit axes."
+            )
+        # JAX without the option has no other partitioner.
+        if not getattr(jax.config, "jax_use_shardy_partitioner", True):
+            raise NotImplementedError(
+                f"{self.name}: only Shardy can partition it over several devices. Set "
+                "jax_use_shardy_partitioner, or call it inside jax.shard_map."
+            )
+        platform = str(ctx.module_context.platforms[0])
+        kernel = self.kernel(platform, dict(zip(names, ctx.avals_in, strict=True)), options)
+        if isinstance(kernel, str):
+            self._refuse_fallback(options, platform, kernel)
 
     @functools.cache  # noqa: B019
     def _partitioned(self, names: tuple[str, ...], options: Any) -> Any:
@@ -263,19 +300,19 @@ class Operation:
             }
             plan = call.plan(specs, mesh.shape)
 
+            def on_shards(*args: jax.Array) -> tuple[jax.Array, ...]:
+                def bind(x: Arrays, own_options: Any = options) -> Any:
+                    return self._bind(self._inner, x, own_options)
+
+                shards = dict(zip(names, args, strict=True))
+                return tuple(self._on_shards(bind, shards, options, call, plan))
+
             def shardings(arrays: Mapping[str, Any]) -> tuple[NamedSharding, ...]:
                 return tuple(NamedSharding(mesh, call.partition_spec(a, plan)) for a in arrays)
 
-            position = sharding.Position(plan, mesh.shape)
-
-            def on_device(*args: jax.Array) -> tuple[jax.Array, ...]:
-                shards = dict(zip(names, args, strict=True))
-                own, own_options = self._localize(shards, options, position)
-                return tuple(self._inner.bind(*own.values(), names=names, options=own_options))
-
             return (
                 mesh,
-                on_device,
+                on_shards,
                 shardings(call.results),
                 shardings(call.operands),
             )
@@ -304,8 +341,10 @@ class Operation:
         resharded = {name: jax.sharding.reshard(x, in_specs[name]) for name, x in operands.items()}
 
         def local(shards: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
-            position = sharding.Position(plan, sizes)
-            return self.bind(*self._localize(varying_alike(shards), options, position))
+            def bind(x: Arrays, own_options: Any = options) -> Any:
+                return self.bind(varying_alike(x), own_options)
+
+            return tuple(self._on_shards(bind, shards, options, call, plan))
 
         return jax.shard_map(local, in_specs=(in_specs,), out_specs=out_specs, axis_names=axes)(
             resharded

@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from jax import lax
 from jax.sharding import PartitionSpec
 
@@ -26,10 +25,13 @@ class ShardingSpec:
       arrays: Dimension names of operands and results: `"batch (kv_head group) head_dim"`. A
         dimension `(a b)` is the product of both, `a` varying slowest.
       shardable: Names along which the operation on shards is a shard of the operation.
+      merged: Names along which the operation on shards gives parts of all its results, which the
+        operation knows how to merge.
     """
 
     arrays: Mapping[str, str]
     shardable: tuple[str, ...]
+    merged: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,19 +57,21 @@ class Call:
     ) -> dict[str, Axes]:
         """Chooses mesh axes for dimension names from how the operands are sharded.
 
-        The first operand that shards a name decides. An axis is used once, and only where it
-        divides the size: query heads on more devices than there are kv heads would leave devices
-        with a wrong group of query heads, so they are gathered from such an axis instead.
+        The largest operand that shards a name decides, since moving it would cost most: the first
+        of those of one size. An axis is used once, and only where it divides the size: query heads
+        on more devices than there are kv heads would leave devices with a wrong group of query
+        heads, so they are gathered from such an axis instead.
         """
         plan: dict[str, Axes] = {}
         used: set[str] = set()
-        for array, spec in specs.items():
+        for array in sorted(specs, key=lambda array: -math.prod(self.operands[array])):
+            spec = specs[array]
             for factors, entry in zip(self._factors(array), spec, strict=False):
                 axes = tuple(axis for axis in _axes(entry) if axis not in used)
                 if not factors or not axes or factors[0] in plan:
                     continue
                 num_shards = math.prod(axis_sizes[axis] for axis in axes)
-                if self._is_shardable(factors[0]) and self._size(factors[0]) % num_shards == 0:
+                if self._may_plan(factors[0]) and self._size(factors[0]) % num_shards == 0:
                     plan[factors[0]] = axes
                     used.update(axes)
         return plan
@@ -77,9 +81,20 @@ class Call:
         entries = [plan.get(factors[0]) if factors else None for factors in self._factors(array)]
         return PartitionSpec(*[a[0] if a is not None and len(a) == 1 else a for a in entries])
 
+    def merged_axes(self, plan: Mapping[str, Axes]) -> dict[str, Axes]:
+        """Returns the part of a plan after which results are to be merged."""
+        return {name: axes for name, axes in plan.items() if name in self.spec.merged}
+
+    def summed_axes(self, result: str, plan: Mapping[str, Axes]) -> Axes:
+        """Returns the axes on which a result that is a sum has terms: those of names it lacks."""
+        own = {factors[0] for factors in self._factors(result) if factors}
+        return tuple(axis for name, axes in plan.items() if name not in own for axis in axes)
+
     def shardy_rule(self) -> tuple[str, dict[str, Any]]:
         """Returns the Shardy rule of the call: its text, and its special factors and sizes."""
-        replicated: dict[str, None] = {}  # ordered: Shardy wants factors as they first appear
+        # Ordered: Shardy wants factors as they first appear.
+        replicated: dict[str, None] = {}
+        reduced: dict[str, None] = {}
         in_products: set[str] = set()
         whole: set[str] = set()
 
@@ -91,7 +106,9 @@ class Call:
             for i, factors in enumerate(self._factors(array)):
                 factors = factors or [f"one_{array}_{i}"]
                 for factor in factors:
-                    if not self._is_shardable(factor):
+                    if factor in self.spec.merged:
+                        reduced[factor] = None
+                    elif not self._may_plan(factor):
                         replicated[factor] = None
                 if len(factors) > 1:
                     in_products.update(factors)
@@ -102,7 +119,12 @@ class Call:
             return texts
 
         rule = f"{terms(self.operands)} -> {terms(self.results)}"
-        special = {"need_replication_factors": tuple(replicated)} if replicated else {}
+        kept = {factor for array in self.results for dim in self._factors(array) for factor in dim}
+        special = {
+            "reduction_factors": tuple(factor for factor in reduced if factor not in kept),
+            "need_replication_factors": tuple(replicated),
+        }
+        special = {kind: factors for kind, factors in special.items() if factors}
         # The size of a factor that is a dimension by itself is known from there.
         return rule, special | {factor: self._size(factor) for factor in in_products - whole}
 
@@ -118,8 +140,9 @@ class Call:
             for factors, size in zip(extra + named, shape, strict=True)
         ]
 
-    def _is_shardable(self, factor: str) -> bool:
-        return factor.startswith("vmap_") or factor in self.spec.shardable
+    def _may_plan(self, factor: str) -> bool:
+        names = (*self.spec.shardable, *self.spec.merged)
+        return factor.startswith("vmap_") or factor in names
 
     def _size(self, factor: str) -> int:
         if factor in self.sizes:
@@ -133,25 +156,9 @@ class Call:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Position:
-    """Where a device is in a mesh over which dimension names are sharded.
-
-    Attributes:
-      plan: Mesh axes of each name that is sharded.
-      axis_sizes: Sizes of the mesh axes.
-    """
-
-    plan: Mapping[str, Axes]
-    axis_sizes: Mapping[str, int]
-
-    def count(self, name: str) -> int:
-        """Shards of a name."""
-        return math.prod(self.axis_sizes[axis] for axis in self.plan.get(name, ()))
-
-    def index(self, name: str) -> jax.Array:
-        """Which of the shards of a name, which must be sharded, this device has."""
-        return lax.axis_index(self.plan[name])
+def num_shards(plan: Mapping[str, Axes], name: str) -> int:
+    """Returns the shards of a name, where the mesh axes of a plan are manual."""
+    return math.prod(lax.axis_size(axis) for axis in plan.get(name, ()))
 
 
 def _parse(text: str) -> list[list[str]]:

@@ -151,7 +151,7 @@ double Check(const SplitKvKernels& kernels, DType query_dtype, DType cache_dtype
   double worst = 0;
   for (int64_t b = 0; b < b_size; ++b) {
     for (int64_t t = 0; t < t_size; ++t) {
-      const KeyRange keys = VisibleKeys(p, lengths[b], t);
+      const KeyRange keys = VisibleKeys(p, ContextOf(p, b), t);
       for (int64_t n = 0; n < n_size; ++n) {
         const int64_t kv_head = n / p.group_size(), row = (b * t_size + t) * n_size + n;
         std::vector<double> expected(hv);

@@ -5,7 +5,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -147,19 +147,24 @@ def _aliases(options: Options) -> dict[str, int]:
     return {name: i for i, name in enumerate(options.result_names) if name in updated}
 
 
-def _localize(
-    shards: Mapping[str, jax.Array], options: Options, position: sharding.Position
-) -> tuple[dict[str, jax.Array], Options]:
+def _on_shards(
+    bind: Callable[..., Any],
+    shards: Mapping[str, jax.Array],
+    options: Options,
+    call: sharding.Call,
+    plan: Mapping[str, sharding.Axes],
+) -> Sequence[jax.Array]:
     """Takes the columns of the heads of a device out of qkv."""
+    del call
     operands = dict(shards)
-    sharded = "kv_head" if position.count("kv_head") > 1 else "group"
-    count = position.count(sharded)
+    sharded = "kv_head" if sharding.num_shards(plan, "kv_head") > 1 else "group"
+    count = sharding.num_shards(plan, sharded)
     if count == 1:
-        return operands, options
+        return bind(operands)
     h = operands["k_pages"].shape[-1]
     # Pages are shards already; heads of the only kv head are on all devices.
     k = operands["k_pages"].shape[-2 if options.page_layout == "NHD" else -3]
-    n, index = options.num_q_heads // count, position.index(sharded)
+    n, index = options.num_q_heads // count, lax.axis_index(plan[sharded])
     query_sizes = {None: [h], "interleaved": [2 * h], "blocked": [h, h]}[options.gate]
     columns, begin = [], 0
     for heads, size, shards_of_it in (
@@ -170,7 +175,7 @@ def _localize(
         columns.append(lax.dynamic_slice_in_dim(operands["qkv"], own, heads * size, axis=-1))
         begin += heads * size * shards_of_it
     operands["qkv"] = jnp.concatenate(columns, axis=-1)
-    return operands, dataclasses.replace(options, num_q_heads=n)
+    return bind(operands, dataclasses.replace(options, num_q_heads=n))
 
 
 def _pages(operands: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -290,5 +295,5 @@ operation = primitives.Operation(
     kernels={"cpu": _cpu_kernel},
     refuse_fallback=_refuse_fallback,
     aliases=_aliases,
-    localize=_localize,
+    on_shards=_on_shards,
 )

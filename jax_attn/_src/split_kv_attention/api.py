@@ -34,6 +34,7 @@ def split_kv_attention(
     split_size: int | None = None,
     return_lse: bool = False,
     lse_includes_sinks: bool = True,
+    axis_name: str | tuple[str, ...] | None = None,
     implementation: Implementation | None = None,
 ) -> Any:
     """Attends a few queries per sequence to a long contiguous context.
@@ -78,6 +79,11 @@ def split_kv_attention(
       return_lse: Also return the log-sum-exp of the logits.
       lse_includes_sinks: Whether the returned lse counts the sinks, as the output always does. To
         merge parts of a context, compute them without sinks and give those to `merge_attention`.
+      axis_name: Mesh axes that shard the contexts, inside `shard_map`: `key`, `value`, and what
+        else has a `kv_len`, are the part of this device, in the order of the devices along the
+        axes. Everything else is that of whole contexts, `kv_lengths` included, and so are the
+        results, which all devices get: one pmax of the lse and one psum of output and weight
+        cross devices. Outside `shard_map`, sharding the arrays along `kv_len` does the same.
       implementation: "native" for the compiled kernel or an error, "xla" for the jax.numpy
         reference, None for the kernel where there is one.
 
@@ -88,7 +94,7 @@ def split_kv_attention(
       one and it is included).
 
     Raises:
-      ValueError: If shapes disagree or an option is out of range.
+      ValueError: If shapes disagree, an option is out of range, or there is no such mesh axis.
       TypeError: If an argument has a dtype or type that is not accepted.
       NotImplementedError: If `implementation="native"` and there is no kernel for the case.
     """
@@ -125,6 +131,7 @@ def split_kv_attention(
         num_splits=num_splits,
         split_size=split_size,
         lse_includes_sinks=lse_includes_sinks,
+        axis_name=axis_name,
         implementation=implementation,
     )
 
@@ -148,6 +155,7 @@ def paged_attention(
     split_size: int | None = None,
     return_lse: bool = False,
     lse_includes_sinks: bool = True,
+    axis_name: str | tuple[str, ...] | None = None,
     implementation: Implementation | None = None,
 ) -> Any:
     """Attends a few queries per sequence to contexts stored in pages.
@@ -179,13 +187,18 @@ def paged_attention(
       split_size: As in `split_kv_attention`.
       return_lse: As in `split_kv_attention`.
       lse_includes_sinks: As in `split_kv_attention`.
+      axis_name: Mesh axes that shard the contexts, inside `shard_map`: `cache` is the pool of this
+        device, and `page_table`, `bias` and `mask` are its part of every context, so
+        `page_table` holds ids of that pool. The rest is as in `split_kv_attention`. Outside
+        `shard_map`, ids are those of the whole pool, and any dimension may be sharded: of a pool
+        sharded along its pages, each device attends to the pages that it holds.
       implementation: As in `split_kv_attention`.
 
     Returns:
       As `split_kv_attention`.
 
     Raises:
-      ValueError: If shapes disagree or an option is out of range.
+      ValueError: If shapes disagree, an option is out of range, or there is no such mesh axis.
       TypeError: If an argument has a dtype or type that is not accepted.
       NotImplementedError: If `implementation="native"` and there is no kernel for the case.
     """
@@ -224,13 +237,22 @@ def paged_attention(
         num_splits=num_splits,
         split_size=split_size,
         lse_includes_sinks=lse_includes_sinks,
+        axis_name=axis_name,
         implementation=implementation,
         page_layout=cache.layout,
         has_layers=layer is not None,
     )
 
 
-def _attend(dims: checks.Dims, x: Operands, return_lse: bool, *, scale: Any, **options: Any) -> Any:
+def _attend(
+    dims: checks.Dims,
+    x: Operands,
+    return_lse: bool,
+    *,
+    scale: Any,
+    axis_name: str | tuple[str, ...] | None,
+    **options: Any,
+) -> Any:
     """Checks what both entry points share, resolves defaults and calls the primitive."""
     op = dims.op
     heads, kv_heads = dims["num_q_heads"], dims["num_kv_heads"]
@@ -266,13 +288,15 @@ def _attend(dims: checks.Dims, x: Operands, return_lse: bool, *, scale: Any, **o
     checks.check_together(op, {k: options[k] for k in ("num_splits", "split_size")})
 
     operands = Operands(**{**x.present(), "sinks": sinks})
-    out, lse = primitive.attend(
-        operands,
-        Options(
-            scale=float(scale),
-            k_scale_rank=0 if x.k_scale is None else x.k_scale.ndim,
-            v_scale_rank=0 if x.v_scale is None else x.v_scale.ndim,
-            **options,
-        ),
+    resolved = Options(
+        scale=float(scale),
+        k_scale_rank=0 if x.k_scale is None else x.k_scale.ndim,
+        v_scale_rank=0 if x.v_scale is None else x.v_scale.ndim,
+        **options,
     )
+    if axis_name is None:
+        out, lse = primitive.attend(operands, resolved)
+    else:
+        axes = checks.mesh_axes(op, "axis_name", axis_name)
+        out, lse = primitive.attend_to_shards(operands, resolved, axes)
     return (out, lse) if return_lse else out

@@ -10,10 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_attn._src import primitives, registration, sharding
+from jax_attn._src import primitives, registration
 from jax_attn._src.description import Description
-from jax_attn._src.split_kv_attention import backward, reference
-from jax_attn._src.split_kv_attention.problem import OPERAND_NAMES, Operands, Options
+from jax_attn._src.split_kv_attention import backward, declaration, reference, shards
+from jax_attn._src.split_kv_attention.problem import (
+    OPERAND_NAMES,
+    GradientOptions,
+    Operands,
+    Options,
+)
 
 NAME = "split_kv_attention"
 TARGET = "jax_attn_split_kv_attention"
@@ -21,30 +26,25 @@ TARGET = "jax_attn_split_kv_attention"
 _CAUSAL_CODE = {None: 0, "bottom_right": 1, "top_left": 2}
 _LAYOUT_CODE = {None: 0, "NHD": 1, "HND": 2}
 
-_ROWS = "batch (kv_head group) query_len kv_len"
-_DENSE = {
-    "query": "batch query_len (kv_head group) head_dim",
-    "key": "batch kv_len kv_head head_dim",
-    "value": "batch kv_len kv_head v_head_dim",
-    "bias": _ROWS,
-    "mask": _ROWS,
-    "kv_lengths": "batch",
-    "page_table": "batch page_index",
-    "layer": "",
-    "alibi_slopes": "(kv_head group)",
-    "sinks": "(kv_head group)",
-    "out": "batch query_len (kv_head group) v_head_dim",
-    "lse": "batch query_len (kv_head group)",
-}
-_PAGES = {
-    "NHD": "layer_index page slot kv_head",
-    "HND": "layer_index page kv_head slot",
-}
+# What the gradients are computed from besides the operands.
+_RESULTS = ("out", "lse", "d_out", "d_lse")
 
 
 def attend(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
     """Computes checked operands: the output and the lse."""
     return _attend(options, primitives.varying_alike(operands.present()))
+
+
+def attend_to_shards(
+    operands: Operands, options: Options, axes: tuple[str, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """The same inside `shard_map`, where the contexts are sharded over `axes`."""
+
+    def bind(shard: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return attend(Operands(**shard), options)
+
+    sharded = "kv_len" if options.page_layout is None else "page_index"
+    return shards.attend_and_merge(bind, operands.present(), options, {sharded: axes})
 
 
 def _attend_on_mesh(options: Options, operands: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
@@ -60,70 +60,55 @@ def _attend_forward(options: Options, operands: dict[str, jax.Array]) -> Any:
 
 
 def _attend_backward(options: Options, residuals: Any, cotangents: Any) -> Any:
-    operands = residuals[0]
-
-    def local_gradients(residuals: Any, cotangents: Any) -> dict[str, jax.Array]:
-        operands, out, lse = residuals
-        return backward.gradients(Operands(**operands), options, out, lse, *cotangents)
-
-    gradients: Any = local_gradients
-
-    _, axes = primitives.explicit_axes()
-    if axes:
-        differentiable = [n for n in operands if jnp.issubdtype(operands[n].dtype, jnp.inexact)]
-        specs = {name: jax.typeof(operands[name]).sharding.spec for name in differentiable}
-        gradients = jax.sharding.auto_axes(local_gradients, axes=tuple(axes), out_sharding=specs)
-    found = gradients(residuals, cotangents)
-    return ({name: found.get(name) for name in operands},)
+    operands, out, lse = residuals
+    has_gradient = {name: jnp.issubdtype(x.dtype, jnp.inexact) for name, x in operands.items()}
+    wanted = tuple(name for name in OPERAND_NAMES if has_gradient.get(name))
+    results = {"out": out, "lse": lse, "d_out": cotangents[0], "d_lse": cotangents[1]}
+    found = gradient.sharded(operands | results, GradientOptions(options, wanted))
+    gradients = {
+        name: primitives.shard_like(operands[name], x)
+        for name, x in zip(wanted, found, strict=True)
+    }
+    return ({name: gradients.get(name) for name in operands},)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _rank(name: str, options: Options) -> int:
+def _rank(name: str, options: Options | GradientOptions) -> int:
     return options.rank(name)
 
 
 def _results(avals: Mapping[str, Any], options: Options) -> Sequence[Any]:
     query = avals["query"]
-    batch = primitives.batch_shape(avals, _rank, options)
     b, t, n, _ = query.shape[-4:]
-    v_head_dim = avals["value"].shape[-1]
+    rows = (*primitives.batch_shape(avals, _rank, options), b, t, n)
     return (
-        primitives.result_like(query, (*batch, b, t, n, v_head_dim), query.dtype),
-        primitives.result_like(query, (*batch, b, t, n), jnp.float32),
+        primitives.result_like(query, (*rows, avals["value"].shape[-1]), query.dtype),
+        primitives.result_like(query, rows, jnp.float32),
     )
+
+
+def _gradient_results(avals: Mapping[str, Any], options: GradientOptions) -> Sequence[Any]:
+    batch = primitives.batch_shape(avals, _rank, options)
+    wanted = [(avals[name], options.rank(name)) for name in options.wanted]
+    return [
+        primitives.result_like(avals["query"], (*batch, *a.shape[a.ndim - rank :]), a.dtype)
+        for a, rank in wanted
+    ]
 
 
 def _reference(operands: Mapping[str, jax.Array], options: Options) -> Sequence[jax.Array]:
     return reference.reference(Operands(**operands), options)
 
 
-def _call(
-    shapes: Mapping[str, tuple[int, ...]], results: Sequence[tuple[int, ...]], options: Options
-) -> sharding.Call:
-    kv_heads = shapes["key"][-3 if options.page_layout == "HND" else -2]
-    heads = shapes["query"][-2]
-    arrays = dict(_DENSE)
-    if options.page_layout is not None:
-        pages = _PAGES[options.page_layout].removeprefix(
-            "" if options.has_layers else "layer_index "
-        )
-        arrays |= {"key": f"{pages} head_dim", "value": f"{pages} v_head_dim"}
-    for name in ("k_scale", "v_scale"):
-        stored = arrays["key"].split()[:-1]
-        per_head = ["layer_index", "kv_head"][2 - options.rank(name) :]
-        is_per_token = options.rank(name) == len(stored)
-        arrays[name] = " ".join(stored if is_per_token else per_head)
-    # With one kv head any split of the query heads is a problem with one kv head.
-    shardable = ("batch", "kv_head") if kv_heads > 1 else ("batch", "group")
-    return sharding.Call(
-        spec=sharding.ShardingSpec(arrays, shardable),
-        operands=shapes,
-        results=dict(zip(("out", "lse"), results, strict=True)),
-        num_batch_dims=len(results[0]) - 4,
-        sizes={"kv_head": kv_heads, "group": heads // kv_heads},
-    )
+def _gradient_reference(
+    operands: Mapping[str, jax.Array], options: GradientOptions
+) -> Sequence[jax.Array]:
+    attention = dict(operands)
+    results = [attention.pop(name) for name in _RESULTS]
+    found = backward.gradients(Operands(**attention), options.attention, *results)
+    return [found[name] for name in options.wanted]
 
 
 def _cpu_kernel(avals: Mapping[str, Any], results: Sequence[Any], options: Options) -> Any:
@@ -145,6 +130,7 @@ def _cpu_kernel(avals: Mapping[str, Any], results: Sequence[Any], options: Optio
         head_dim=query.shape[-1],
         v_head_dim=out_shape[-1],
         num_batch_dims=len(out_shape) - 3,
+        query_offset="query_offset" in avals,
     )
     if reason:
         return reason
@@ -235,8 +221,21 @@ operation = primitives.Operation(
     operands=OPERAND_NAMES,
     results=_results,
     reference=primitives.under_vmap(_reference, _rank),
-    call=_call,
+    call=declaration.call,
     rank=_rank,
     kernels={"cpu": _cpu_kernel},
     refuse_fallback=_refuse_fallback,
+    on_shards=shards.attend,
+)
+
+gradient = primitives.Operation(
+    f"{NAME}_gradient",
+    operands=(*OPERAND_NAMES, *_RESULTS),
+    results=_gradient_results,
+    reference=primitives.under_vmap(_gradient_reference, _rank),
+    call=declaration.gradient_call,
+    rank=_rank,
+    kernels={},
+    refuse_fallback=lambda *_: None,
+    on_shards=shards.gradients,
 )

@@ -30,6 +30,7 @@ class Operands:
     bias: jax.Array | None = None  # [#B, #N, #T, S]
     mask: jax.Array | None = None  # bool [#B, #N, #T, S]
     kv_lengths: jax.Array | None = None  # int32 [B]
+    query_offset: jax.Array | None = None  # int32 [B], of the first query from the first key
     page_table: jax.Array | None = None  # int32 [B, M]
     layer: jax.Array | None = None  # int32 []
     alibi_slopes: jax.Array | None = None  # float32 [N]
@@ -53,10 +54,16 @@ OPERAND_RANKS = {
     "bias": 4,
     "mask": 4,
     "kv_lengths": 1,
+    "query_offset": 1,
     "page_table": 2,
     "layer": 0,
     "alibi_slopes": 1,
     "sinks": 1,
+    # Of the gradients alone: the results of attention, and their cotangents.
+    "out": 4,
+    "lse": 3,
+    "d_out": 4,
+    "d_lse": 3,
 }
 
 
@@ -83,3 +90,15 @@ class Options:
         if name in ("k_scale", "v_scale"):
             return getattr(self, f"{name}_rank")
         return OPERAND_RANKS[name] + (self.has_layers and name in ("key", "value"))
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientOptions:
+    """The static options of the gradients of a call."""
+
+    attention: Options
+    wanted: tuple[str, ...]  # operands whose gradients are results; the first is the query
+
+    def rank(self, name: str) -> int:
+        """Dimensions of operand `name` without those that vmap adds in front."""
+        return self.attention.rank(name)

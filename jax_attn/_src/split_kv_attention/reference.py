@@ -73,8 +73,13 @@ def context_lengths(x: Operands, options: Options) -> jax.Array:
 
 
 def query_positions(x: Operands, options: Options) -> jax.Array:
-    """Positions of the queries in their contexts, int32 `[B, T]`."""
+    """Positions of the queries in their contexts, int32 `[B, T]`.
+
+    Where the keys are a part of the context, positions count from the first of them.
+    """
     steps = jnp.arange(x.query.shape[1], dtype=jnp.int32)[None, :]
+    if x.query_offset is not None:
+        return x.query_offset[:, None] + steps
     if options.causal == "top_left":
         return jnp.broadcast_to(steps, x.query.shape[:2])
     return context_lengths(x, options)[:, None] - x.query.shape[1] + steps
