@@ -120,7 +120,7 @@ class Reader : OperandReader {
     const Dimensions dims = key.dimensions();
     const int64_t rank = dims.size();
     if (rank < 4) return Expect("key", dims, false, "at least 4 dimensions");
-    has_layers_ = Names("layer");
+    has_layers_ = HasName(attrs_.operands, "layer");
     const int64_t core_rank = paged() ? (has_layers_ ? 5 : 4) : 3;
     if (rank < core_rank) return Expect("key", dims, false, "a layer axis");
     const bool head_major = attrs_.page_layout == 2;
