@@ -43,6 +43,10 @@ inline constexpr int64_t kAnyLength = INT64_MAX;
 inline constexpr Capability kCapabilities[] = {
     {"split_kv_attention", "cpu", kFloats, kFloats | kQuantized, 8, 512, kAnyLength, kAnyLength,
      true},
+    {"split_kv_attention", "cuda", kFloats, kFloats | kQuantized, 8, 512, kAnyLength, kAnyLength,
+     false},
+    {"split_kv_attention", "rocm", kFloats, kFloats | kQuantized, 8, 512, kAnyLength, kAnyLength,
+     false},
     {"fused_qkv_rope_cache", "cpu", kFloats, kFloats | kQuantized, 8, 512, kAnyLength, kAnyLength,
      false},
     {"small_seq_attention", "cpu", kFloats, kFloats, 8, 512, 32, 64, false},

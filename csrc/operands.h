@@ -25,13 +25,14 @@ struct BatchShape {
 struct BatchStrides {
   int64_t strides[kMaxBatchDims] = {};
 
-  int64_t Offset(const BatchShape& shape, int64_t index) const {
+  // `index` counts the batch; constexpr so that device code may call it.
+  constexpr int64_t Offset(const BatchShape& shape, int64_t index) const {
     int64_t offset = 0;
-    for (int d = shape.num_dims - 1; d >= 0; --d) {
+    for (int d = shape.num_dims - 1; d > 0; --d) {
       offset += index % shape.sizes[d] * strides[d];
       index /= shape.sizes[d];
     }
-    return offset;
+    return offset + index * strides[0];
   }
 };
 
@@ -40,7 +41,7 @@ struct Operand {
   const T* data = nullptr;  // null: absent
   BatchStrides batch;
 
-  const T* At(const BatchShape& shape, int64_t index) const {
+  constexpr const T* At(const BatchShape& shape, int64_t index) const {
     return data + batch.Offset(shape, index);
   }
 };

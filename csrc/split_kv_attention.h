@@ -65,7 +65,7 @@ struct SplitKvAttentionParams {
   float* workspace = nullptr;  // partial results of splits
   int64_t workspace_size = 0;  // floats
 
-  int64_t group_size() const { return num_q_heads / num_kv_heads; }
+  constexpr int64_t group_size() const { return num_q_heads / num_kv_heads; }
 };
 
 }  // namespace jax_attn

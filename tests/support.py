@@ -39,6 +39,8 @@ ABSOLUTE = {"float32": 1e-7, "bfloat16": 1e-7, "float16": 2.0**-24}
 LSE_ABSOLUTE = 1e-5
 LSE_RELATIVE = 1e-6
 
+# Where tests run: the default backend, as lowering names it.
+PLATFORM = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
 _platforms = jax_attn.platforms()
 IMPLEMENTATIONS = [
     pytest.param("xla", id="xla"),
@@ -46,14 +48,14 @@ IMPLEMENTATIONS = [
         "native",
         id="native",
         marks=[]
-        if "cpu" in _platforms
-        else [pytest.mark.skip(reason="this build of jax_attn has no kernels for the CPU")],
+        if PLATFORM in _platforms
+        else [pytest.mark.skip(reason=f"this build of jax_attn has no kernels for {PLATFORM}")],
     ),
 ]
 
 # The FFI target of split_kv_attention and paged_attention.
 TARGET = "jax_attn_split_kv_attention"
-VARIANTS = jax_attn.ffi.variants("cpu") if "cpu" in _platforms else []
+VARIANTS = jax_attn.ffi.variants("cpu") if "cpu" in _platforms and PLATFORM == "cpu" else []
 
 _ARRAYS = (
     *("query", "key", "value", "bias", "mask", "kv_lengths", "page_table", "layer"),

@@ -4,9 +4,6 @@
 // The Python module of the CPU backend: handlers as capsules, the capability table, and the plan
 // that sizes workspaces.
 
-#include <nanobind/nanobind.h>
-#include <nanobind/stl/string.h>
-
 #include <algorithm>
 #include <exception>
 #include <functional>
@@ -14,7 +11,7 @@
 #include <thread>
 #include <utility>
 
-#include "../capability.h"
+#include "../bindings.h"
 #include "../ffi/fused_qkv_rope_cache.h"
 #include "../ffi/small_seq_attention.h"
 #include "../ffi/split_kv_attention.h"
@@ -26,8 +23,6 @@
 
 namespace jax_attn::cpu {
 namespace {
-
-namespace nb = nanobind;
 
 // XLA counts one thread per device where there are more devices than cores; more threads than
 // cores only wait for each other.
@@ -131,41 +126,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxAttnSmallSeqAttentionBackwardCpu, SmallSeqAtten
 
 namespace {
 
-nb::list Capabilities() {
-  nb::list rows;
-  for (const Capability& capability : kCapabilities) {
-    const auto names = [](DTypeSet set) {
-      nb::list names;
-      for (DType dtype : kDTypes) {
-        if (Contains(set, dtype)) names.append(Name(dtype));
-      }
-      return names;
-    };
-    nb::dict row;
-    row["op"] = capability.op;
-    row["platform"] = capability.platform;
-    row["query_dtypes"] = names(capability.query_dtypes);
-    row["cache_dtypes"] = names(capability.cache_dtypes);
-    row["head_dim_multiple"] = capability.head_dim_multiple;
-    row["max_head_dim"] = capability.max_head_dim;
-    const auto length = [](int64_t longest) -> nb::object {
-      return longest == kAnyLength ? nb::none() : nb::object(nb::int_(longest));
-    };
-    row["max_query_len"] = length(capability.max_query_len);
-    row["max_kv_len"] = length(capability.max_kv_len);
-    row["query_offset"] = capability.query_offset;
-    rows.append(row);
-  }
-  return rows;
-}
-
-DType DTypeNamed(const std::string& name) {
-  for (DType dtype : kDTypes) {
-    if (name == Name(dtype)) return dtype;
-  }
-  throw nb::value_error(("no such dtype: " + name).c_str());
-}
-
 nb::list Variants() {
   nb::list names;
   for (const SplitKvKernels* kernels : AvailableSplitKvKernels()) names.append(kernels->name);
@@ -203,7 +163,7 @@ nb::dict Plan(int64_t batch, int64_t query_len, int64_t num_q_heads, int64_t num
 }  // namespace
 
 NB_MODULE(_cpu, m) {
-  m.attr("ffi_api_version") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
+  DefineCommon(m, "cpu");
   m.def("handlers", [] {
     nb::dict handlers;
     handlers["jax_attn_split_kv_attention"] =
@@ -216,19 +176,7 @@ NB_MODULE(_cpu, m) {
         nb::capsule(reinterpret_cast<void*>(JaxAttnSmallSeqAttentionBackwardCpu));
     return handlers;
   });
-  m.def("capabilities", &Capabilities);
   m.def("variants", &Variants);
-  m.def(
-      "refusal",
-      [](const std::string& op, const std::string& query_dtype, const std::string& cache_dtype,
-         int64_t head_dim, int64_t v_head_dim, int64_t num_batch_dims, int64_t query_len,
-         int64_t kv_len, bool query_offset) {
-        return Refusal(op, "cpu", DTypeNamed(query_dtype), DTypeNamed(cache_dtype), head_dim,
-                       v_head_dim, num_batch_dims, query_len, kv_len, query_offset);
-      },
-      nb::arg("op"), nb::kw_only(), nb::arg("query_dtype"), nb::arg("cache_dtype"),
-      nb::arg("head_dim"), nb::arg("v_head_dim"), nb::arg("num_batch_dims"),
-      nb::arg("query_len") = 0, nb::arg("kv_len") = 0, nb::arg("query_offset") = false);
   m.def("split_kv_plan", &Plan, nb::kw_only(), nb::arg("batch"), nb::arg("query_len"),
         nb::arg("num_q_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("v_head_dim"),
         nb::arg("kv_len"), nb::arg("heads_first"), nb::arg("num_splits"), nb::arg("split_size"));

@@ -12,7 +12,11 @@ import warnings
 import jax
 
 # Platform as lowering names it: (module, platform as the FFI registry spells it).
-_MODULES = {"cpu": ("jax_attn._native._cpu", "cpu")}
+_MODULES = {
+    "cpu": ("jax_attn._native._cpu", "cpu"),
+    "cuda": ("jax_attn._native._cuda", "CUDA"),
+    "rocm": ("jax_attn._native._rocm", "ROCM"),
+}
 
 
 @functools.cache

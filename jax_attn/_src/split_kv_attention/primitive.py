@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Split-KV attention as JAX sees it: result types, gradients, sharding and choice of kernel."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ NAME = "split_kv_attention"
 TARGET = "jax_attn_split_kv_attention"
 
 _CAUSAL_CODE = {None: 0, "bottom_right": 1, "top_left": 2}
+_VENDOR = {"cpu": "CPU", "cuda": "CUDA", "rocm": "ROCm"}
 _LAYOUT_CODE = {None: 0, "NHD": 1, "HND": 2}
 
 # What the gradients are computed from besides the operands.
@@ -111,13 +113,15 @@ def _gradient_reference(
     return [found[name] for name in options.wanted]
 
 
-def _cpu_kernel(avals: Mapping[str, Any], results: Sequence[Any], options: Options) -> Any:
-    """What the CPU kernel is called with: target, extra results and attributes; or a reason."""
+def _kernel(
+    platform: str, avals: Mapping[str, Any], results: Sequence[Any], options: Options
+) -> Any:
+    """What a platform's kernel is called with: target, extra results, attributes; or a reason."""
     if options.implementation == "xla":
         return 'implementation="xla" was asked for'
-    module = registration.native_module("cpu")
+    module = registration.native_module(platform)
     if module is None:
-        return "the CPU kernels are not installed, or too new for this jaxlib"
+        return f"the {_VENDOR[platform]} kernels are not installed, or too new for this jaxlib"
     shapes = [a.shape for a in (*avals.values(), *results)]
     if not all(isinstance(size, int) for shape in shapes for size in shape):
         return "a dimension is symbolic, and the kernel's workspace needs its size"
@@ -134,7 +138,7 @@ def _cpu_kernel(avals: Mapping[str, Any], results: Sequence[Any], options: Optio
     )
     if reason:
         return reason
-    plan = kernel_plan(module, avals, out_shape, options)
+    plan = kernel_plan(platform, module, avals, out_shape, options)
     attributes = {
         "operands": ",".join(list(avals)[3:]),
         "variant": options.variant,
@@ -153,8 +157,12 @@ def _cpu_kernel(avals: Mapping[str, Any], results: Sequence[Any], options: Optio
 
 
 def kernel_plan(
-    module: Any, avals: Mapping[str, Any], out_shape: Sequence[int], options: Options
-) -> dict[str, int]:
+    platform: str,
+    module: Any,
+    avals: Mapping[str, Any],
+    out_shape: Sequence[int],
+    options: Options,
+) -> dict[str, Any]:
     """Asks the native module how it cuts a problem of these shapes."""
     key = avals["key"].shape
     heads_first = options.page_layout == "HND"
@@ -173,7 +181,29 @@ def kernel_plan(
         heads_first=heads_first,
         num_splits=options.num_splits or 0,
         split_size=options.split_size or 0,
+        **({} if platform == "cpu" else _features(avals, options)),
     )
+
+
+def _features(avals: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    """What a GPU plan depends on besides shapes: it chooses the kernel, and sees no lengths."""
+    per_token = 3 + options.has_layers
+    token_scales = {
+        name: name in avals and options.rank(name) == per_token for name in ("k_scale", "v_scale")
+    }
+    extras = ("bias", "mask", "alibi_slopes")
+    return {
+        "query_dtype": avals["query"].dtype.name,
+        "cache_dtype": avals["key"].dtype.name,
+        "variant": options.variant,
+        "causal": _CAUSAL_CODE[options.causal],
+        "sliding_window": options.sliding_window or 0,
+        "has_lengths": "kv_lengths" in avals,
+        "has_extras": any(name in avals for name in extras)
+        or any(token_scales.values())
+        or options.logits_soft_cap is not None,
+        "has_v_token_scale": token_scales["v_scale"],
+    }
 
 
 def describe(
@@ -193,11 +223,16 @@ def describe(
     rows = sum(math.prod(a.shape) * a.dtype.itemsize for a in (query, *results))
     module = registration.native_module(platform)
     is_static = all(isinstance(size, int) for a in avals.values() for size in a.shape)
-    plan = kernel_plan(module, avals, results[0].shape, options) if module and is_static else {}
+    plan = {}
+    if module and is_static:
+        plan = kernel_plan(platform, module, avals, results[0].shape, options)
+    variant = None
+    if module:
+        variant = plan.get("variant") or options.variant or module.variants()[0]
     return Description(
         op=_public_name(options),
         bytes_moved=sum(context_sizes) + rows,
-        variant=(options.variant or module.variants()[0]) if module else None,
+        variant=variant,
         num_splits=plan.get("num_splits"),
         caches=(key, value),
     )
@@ -223,7 +258,7 @@ operation = primitives.Operation(
     reference=primitives.under_vmap(_reference, _rank),
     call=declaration.call,
     rank=_rank,
-    kernels={"cpu": _cpu_kernel},
+    kernels={p: functools.partial(_kernel, p) for p in _VENDOR},
     refuse_fallback=_refuse_fallback,
     on_shards=shards.attend,
 )

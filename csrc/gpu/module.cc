@@ -1,0 +1,126 @@
+// Copyright 2026 The jax_attn Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// The Python module of a GPU backend, `_cuda` or `_rocm`: handlers as capsules, the capability
+// table, and the plan that sizes workspaces.
+
+#include <exception>
+#include <string>
+
+#include "../bindings.h"
+#include "../ffi/split_kv_attention.h"
+#include "split_kv_attention.h"
+#include "split_plan.h"
+#include "vendor.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_attn::gpu {
+namespace {
+
+ffi::Error SplitKvAttention(Stream stream, ffi::AnyBuffer query, ffi::AnyBuffer key,
+                            ffi::AnyBuffer value, ffi::RemainingArgs rest,
+                            ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> lse,
+                            ffi::Result<ffi::BufferR1<ffi::F32>> workspace,
+                            const SplitKvAttentionAttrs& attrs) try {
+  SplitKvAttentionParams params;
+  ffi::Error error = MakeSplitKvAttentionParams(attrs, kPlatform, query, key, value, rest, out, lse,
+                                                workspace, params);
+  if (error.failure()) return error;
+  Device device;
+  if (const gpu::Error failed = GetDevice(device); failed != kSuccess) {
+    return ffi::Error(ffi::ErrorCode::kInternal,
+                      std::string("split_kv_attention: ") + ErrorString(failed));
+  }
+  const std::string failure = LaunchSplitKvAttention(params, attrs.variant, device, stream);
+  return failure.empty() ? ffi::Error::Success() : InvalidArgument("split_kv_attention", failure);
+} catch (const std::exception& e) {
+  return ffi::Error(ffi::ErrorCode::kInternal, std::string("split_kv_attention: ") + e.what());
+}
+
+}  // namespace
+
+#if JAX_ATTN_NVIDIA
+#define JAX_ATTN_SPLIT_KV_HANDLER JaxAttnSplitKvAttentionCuda
+#else
+#define JAX_ATTN_SPLIT_KV_HANDLER JaxAttnSplitKvAttentionRocm
+#endif
+
+// The handler only launches kernels, so XLA may capture it in a graph.
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    JAX_ATTN_SPLIT_KV_HANDLER, SplitKvAttention,
+    SplitKvAttentionSchema(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<Stream>>()),
+    {ffi::Traits::kCmdBufferCompatible});
+
+namespace {
+
+// The plan for a problem of these shapes on the current device, or on a usual one if there is none.
+nb::dict Plan(int64_t batch, int64_t query_len, int64_t num_q_heads, int64_t num_kv_heads,
+              int64_t head_dim, int64_t v_head_dim, int64_t kv_len, bool heads_first,
+              int64_t num_splits, int64_t split_size, const std::string& query_dtype,
+              const std::string& cache_dtype, const std::string& variant, int causal,
+              int64_t sliding_window, bool has_lengths, bool has_extras, bool has_v_token_scale) {
+  SplitKvAttentionParams p;
+  p.batch.num_dims = 1;
+  p.batch.sizes[0] = p.batch.count = batch;
+  p.query_len = query_len;
+  p.num_q_heads = num_q_heads;
+  p.num_kv_heads = num_kv_heads;
+  p.head_dim = head_dim;
+  p.v_head_dim = v_head_dim;
+  p.kv_len = kv_len;
+  p.key.head_stride = heads_first ? kv_len * head_dim : head_dim;
+  p.key.token_stride = heads_first ? head_dim : num_kv_heads * head_dim;
+  p.num_splits = num_splits;
+  p.split_size = split_size;
+  p.query_dtype = DTypeNamed(query_dtype);
+  p.key.dtype = p.value.dtype = DTypeNamed(cache_dtype);
+  p.causal = static_cast<Causal>(causal);
+  p.sliding_window = sliding_window;
+  // Only whether they are there is looked at.
+  static const int32_t some = 0;
+  if (has_lengths) p.kv_lengths.data = &some;
+  if (has_extras) p.mask.data = &some;
+  if (has_v_token_scale) p.v_scale.token_stride = 1;
+  Device device;
+  (void)GetDevice(device);
+  const SplitPlan split = PlanSplits(p, variant, device);
+  nb::dict plan;
+  plan["workspace_size"] = split.workspace_size;
+  plan["num_splits"] = split.num_splits;
+  plan["variant"] = split.shape.matrix ? "matrix" : "vector";
+  plan["num_groups"] = split.work.num_groups;
+  plan["num_cores"] = device.num_cores;
+  return plan;
+}
+
+void Define(nb::module_& m) {
+  DefineCommon(m, kPlatform);
+  m.def("handlers", [] {
+    nb::dict handlers;
+    handlers["jax_attn_split_kv_attention"] =
+        nb::capsule(reinterpret_cast<void*>(JAX_ATTN_SPLIT_KV_HANDLER));
+    return handlers;
+  });
+  m.def("variants", [] {
+    nb::list names;
+    for (std::string_view name : kVariants) names.append(std::string(name));
+    return names;
+  });
+  m.def("split_kv_plan", &Plan, nb::kw_only(), nb::arg("batch"), nb::arg("query_len"),
+        nb::arg("num_q_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("v_head_dim"),
+        nb::arg("kv_len"), nb::arg("heads_first"), nb::arg("num_splits"), nb::arg("split_size"),
+        nb::arg("query_dtype") = "float32", nb::arg("cache_dtype") = "float32",
+        nb::arg("variant") = "", nb::arg("causal") = 0, nb::arg("sliding_window") = 0,
+        nb::arg("has_lengths") = true, nb::arg("has_extras") = true,
+        nb::arg("has_v_token_scale") = false);
+}
+
+}  // namespace
+
+#if JAX_ATTN_NVIDIA
+NB_MODULE(_cuda, m) { Define(m); }
+#else
+NB_MODULE(_rocm, m) { Define(m); }
+#endif
+
+}  // namespace jax_attn::gpu

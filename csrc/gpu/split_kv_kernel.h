@@ -1,0 +1,138 @@
+// Copyright 2026 The jax_attn Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// What host and device code of split-KV attention on GPUs agree on: how work is cut, and how much
+// of it a block does at a time.
+
+#ifndef JAX_ATTN_CSRC_GPU_SPLIT_KV_KERNEL_H_
+#define JAX_ATTN_CSRC_GPU_SPLIT_KV_KERNEL_H_
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../split_kv_attention.h"
+
+namespace jax_attn::gpu {
+
+// An entry is a block of rows of one batch index, with the keys that they see; all kv heads of it
+// are cut alike. Row r of a kv head is query r / group_size with head r % group_size of the group.
+//
+// A group is a block per kv head: neighbours in the grid, so that what they read of a token is
+// read at about the same time.
+enum class Cut : int32_t {
+  kShares,  // groups have equal shares of all keys, one entry after the other
+  kCount,   // each entry has up to `max_splits` groups of equal size
+  kSize,    // each entry is cut at multiples of `split_size` keys
+};
+
+struct SplitWork {
+  Cut cut = Cut::kShares;
+  int32_t num_groups = 0;
+  int32_t num_entries = 0;
+  int32_t rows_per_block = 0;
+  int32_t num_row_blocks = 0;
+  int32_t max_splits = 1;  // of an entry, if not kShares
+  int32_t unit_keys = 0;   // what the waves of a block read at a time; kShares cuts there
+  int64_t split_size = 0;  // kSize
+  int64_t token_rows = 0;  // strides of keys and values in rows
+  int64_t page_rows = 0;
+  int64_t partial_stride = 0;  // floats of a partial result, one kv head
+  bool uniform = true;         // all entries have the same keys
+  int32_t* starts = nullptr;   // [num_entries + 1], in units; if not uniform and merged
+  float* partials = nullptr;   // [slot][kv head]; values [rows][v_head_dim], tops, totals
+  int32_t wave_bytes = 0;      // shared memory of a wave
+  int32_t query_bytes = 0;     // shared memory of the queries
+
+  // Slots of partial results. With shares, a group has one for the entry that it begins in and one
+  // for that where it ends.
+  constexpr int64_t num_slots() const {
+    return cut == Cut::kShares ? 2 * static_cast<int64_t>(num_groups) : num_groups;
+  }
+};
+
+// ---- What a block does at a time
+
+struct KernelShape {
+  bool matrix = false;  // matrix instructions, or multiply-adds
+  bool extras = false;  // soft cap, bias, ALiBi, mask, scales of tokens
+  int max_dim = 0;      // of head_dim and v_head_dim
+  int rows = 0;         // query rows of a block
+  int waves = 0;        // of a block
+  int stages = 0;       // tiles of a wave that are in shared memory
+  int tile_keys = 0;    // keys of a wave's tile
+};
+
+constexpr int CeilDiv(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+// Bytes between rows of shared memory: an odd number of 16 bytes, so that the rows of a tile start
+// in different banks, and enough for whole matrix instructions.
+constexpr int SharedStride(int64_t head_dim, int64_t element_bytes) {
+  const int chunks = CeilDiv(CeilDiv(head_dim, 16) * 16 * element_bytes, 16);
+  return (chunks | 1) * 16;
+}
+
+// A tile's keys and values, then the scales of its tokens, then what says which keys they are.
+constexpr int TileHeaderBytes(int tile_keys) { return 2 * tile_keys * 4 + 16; }
+
+constexpr int StageBytes(int64_t head_dim, int64_t v_head_dim, int64_t element_bytes,
+                         int tile_keys) {
+  return tile_keys *
+             (SharedStride(head_dim, element_bytes) + SharedStride(v_head_dim, element_bytes)) +
+         TileHeaderBytes(tile_keys);
+}
+
+// Floats per row between the outputs that waves of a block exchange.
+constexpr int64_t WaveBytes(const KernelShape& shape, int64_t head_dim, int64_t v_head_dim,
+                            int64_t element_bytes) {
+  const int64_t weights = shape.matrix ? 0 : int64_t{4} * shape.rows * shape.tile_keys;
+  const int64_t ring =
+      int64_t{shape.stages} * StageBytes(head_dim, v_head_dim, element_bytes, shape.tile_keys);
+  const int64_t outputs = int64_t{4} * shape.rows * v_head_dim;
+  return std::max(ring, outputs) + weights;
+}
+
+constexpr int64_t QueryBytes(const KernelShape& shape, int64_t head_dim) {
+  return shape.matrix ? int64_t{shape.rows} * SharedStride(head_dim, 2)
+                      : int64_t{shape.rows} * (head_dim + 4) * 4;
+}
+
+constexpr int64_t SharedBytes(const KernelShape& shape, int64_t head_dim, int64_t v_head_dim,
+                              int64_t element_bytes) {
+  return QueryBytes(shape, head_dim) +
+         shape.waves * WaveBytes(shape, head_dim, v_head_dim, element_bytes);
+}
+
+// Waves of a block by the bytes of a row, so that enough tiles fit shared memory.
+constexpr int WavesPerBlock(int max_row_bytes, bool through_registers) {
+  if (through_registers) return max_row_bytes <= 256 ? 4 : max_row_bytes <= 512 ? 2 : 1;
+  return max_row_bytes <= 512 ? 4 : max_row_bytes <= 1024 ? 2 : 1;
+}
+
+constexpr KernelShape MatrixShape(int max_dim, int rows, bool extras, int element_bytes,
+                                  bool through_registers) {
+  KernelShape shape;
+  shape.matrix = true;
+  shape.extras = extras;
+  shape.max_dim = max_dim;
+  shape.rows = rows;
+  shape.waves = WavesPerBlock(max_dim * element_bytes, through_registers);
+  shape.stages = through_registers ? 1 : 3;
+  shape.tile_keys = 16;
+  return shape;
+}
+
+constexpr KernelShape VectorShape(int max_dim, int rows, int element_bytes,
+                                  bool through_registers) {
+  KernelShape shape;
+  shape.extras = true;
+  shape.max_dim = max_dim;
+  shape.rows = rows;
+  shape.waves = WavesPerBlock(max_dim * element_bytes, through_registers);
+  shape.stages = through_registers ? 1 : 3;
+  shape.tile_keys = through_registers && max_dim * element_bytes > 1024 ? 8 : 16;
+  return shape;
+}
+
+}  // namespace jax_attn::gpu
+
+#endif  // JAX_ATTN_CSRC_GPU_SPLIT_KV_KERNEL_H_

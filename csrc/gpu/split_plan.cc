@@ -1,0 +1,200 @@
+// Copyright 2026 The jax_attn Authors
+// SPDX-License-Identifier: Apache-2.0
+
+#include "split_plan.h"
+
+#include <algorithm>
+
+#include "split_kv_kernels.h"
+
+namespace jax_attn::gpu {
+namespace {
+
+// The cost model, in nanoseconds and bytes. Only ratios matter, and they hold well enough from an
+// A100 to an MI300X.
+constexpr double kBytesPerCore = 35;  // per nanosecond, all cores together
+constexpr double kLatency = 2500;     // from the beginning of a copy until its place is free again
+constexpr double kStart = 2000;       // until the first copies of a block are under way
+constexpr double kNextEntry = 1000;   // queries in, outputs out
+constexpr double kMerge = 1500;       // a merge kernel
+constexpr double kMergePerSplit = 20;
+
+// What the runtime keeps for itself of a block's shared memory, and static arrays.
+constexpr int64_t kReservedShared = 3 * 1024;
+constexpr int64_t kMaxBlocksPerCore = 4;  // what the registers of a core hold
+
+bool Is16Bit(DType dtype) { return SizeOf(dtype) == 2; }
+
+bool HasExtras(const SplitKvAttentionParams& p) {
+  return p.logits_soft_cap != 0 || p.bias.data != nullptr || p.mask.data != nullptr ||
+         p.alibi_slopes.data != nullptr || p.k_scale.token_stride != 0 ||
+         p.v_scale.token_stride != 0;
+}
+
+// The matrix kernel for a problem; without rows if there is none.
+KernelShape ChooseMatrix(const SplitKvAttentionParams& p) {
+  const int element_bytes = static_cast<int>(SizeOf(p.key.dtype));
+  const bool quantized = element_bytes == 1;
+  const int64_t dim = std::max(p.head_dim, p.v_head_dim);
+  const int64_t rows = p.query_len * p.group_size();
+  if (!Is16Bit(p.query_dtype)) return {};
+  if (quantized ? p.query_dtype != DType::kBFloat16 : p.key.dtype != p.query_dtype) return {};
+  if (quantized && dim > 256) return {};
+  // A weight times the scale of a token may leave the range of float16.
+  if (p.query_dtype == DType::kFloat16 && p.v_scale.token_stride != 0) return {};
+  const int max_dim = dim <= 64 && !quantized ? 64 : dim <= 128 ? 128 : dim <= 256 ? 256 : 512;
+  const bool many = rows > kMatrixRows[0] && max_dim < 512;
+  return MatrixShape(max_dim, kMatrixRows[many], quantized || HasExtras(p), element_bytes,
+                     kCopiesThroughRegisters);
+}
+
+KernelShape ChooseVector(const SplitKvAttentionParams& p) {
+  const int64_t dim = std::max(p.head_dim, p.v_head_dim);
+  const int64_t rows = p.query_len * p.group_size();
+  VectorSize best;
+  for (int i = 0;; ++i) {
+    const VectorSize size = VectorSizeAt(p.key.dtype, i);
+    if (size.rows == 0) break;
+    if (size.max_dim < dim) continue;
+    if (best.rows == 0 || (size.max_dim == best.max_dim && best.rows < rows)) best = size;
+  }
+  if (best.rows == 0) return {};
+  return VectorShape(best.max_dim, best.rows, static_cast<int>(SizeOf(p.key.dtype)),
+                     kCopiesThroughRegisters);
+}
+
+// Keys that a context of full length makes an entry read.
+int64_t KeysPerEntry(const SplitKvAttentionParams& p) {
+  int64_t keys = p.kv_len;
+  if (p.causal == Causal::kTopLeft) keys = std::min(keys, p.query_len);
+  if (p.sliding_window != 0) keys = std::min(keys, p.sliding_window + p.query_len - 1);
+  return keys;
+}
+
+int64_t UnitsPerEntry(const SplitKvAttentionParams& p, const SplitWork& w) {
+  return std::max<int64_t>(1, CeilDiv(KeysPerEntry(p), w.unit_keys));
+}
+
+int64_t BlocksPerCore(const SplitPlan& plan, const Device& device) {
+  return std::clamp<int64_t>(device.shared_per_core / (plan.shared_bytes + kReservedShared), 1,
+                             kMaxBlocksPerCore);
+}
+
+int64_t StartsSize(const SplitWork& w) { return (w.num_entries + 1 + 3) / 4 * 4; }
+
+int64_t PlanGroups(const SplitKvAttentionParams& p, const SplitPlan& plan, const Device& device) {
+  const int64_t total = UnitsPerEntry(p, plan.work) * plan.work.num_entries;
+  const int64_t at_once =
+      std::max<int64_t>(1, BlocksPerCore(plan, device) * device.num_cores / p.num_kv_heads);
+  int64_t best = 1;
+  double best_time = EstimateTime(p, plan, device, 1);
+  const auto consider = [&](int64_t groups) {
+    const double time = EstimateTime(p, plan, device, groups);
+    if (time < best_time) best = groups, best_time = time;
+  };
+  for (int64_t groups = 2; groups <= std::min(total, at_once); ++groups) consider(groups);
+  consider(plan.work.num_entries);
+  return best;
+}
+
+}  // namespace
+
+void CutIntoShares(const SplitKvAttentionParams& p, int64_t num_groups, SplitPlan& plan) {
+  SplitWork& w = plan.work;
+  const int64_t units = UnitsPerEntry(p, w), total = units * w.num_entries;
+  const int64_t share = (total + num_groups - 1) / num_groups;
+  w.cut = Cut::kShares;
+  w.num_groups = CeilDiv(total, share);
+  plan.num_splits = CeilDiv(units, share);
+  // Where lengths differ from what is planned for, shares end anywhere.
+  plan.merges = w.num_groups > 1 && !(w.uniform && share % units == 0);
+  plan.workspace_size =
+      plan.merges ? StartsSize(w) + 2 * w.num_groups * p.num_kv_heads * w.partial_stride : 0;
+}
+
+double EstimateTime(const SplitKvAttentionParams& p, const SplitPlan& plan, const Device& device,
+                    int64_t num_groups) {
+  const SplitWork& w = plan.work;
+  const double units = static_cast<double>(UnitsPerEntry(p, w)), total = units * w.num_entries;
+  const int64_t share = CeilDiv(static_cast<int64_t>(total), num_groups);
+  const double unit_bytes =
+      static_cast<double>(int64_t{w.unit_keys} * (p.head_dim + p.v_head_dim) * SizeOf(p.key.dtype));
+  const double blocks = static_cast<double>(CeilDiv(static_cast<int64_t>(total), share)) *
+                        static_cast<double>(p.num_kv_heads);
+  const double per_core = static_cast<double>(BlocksPerCore(plan, device));
+  const double cores = device.num_cores;
+  // One wave of blocks after the other; in the last, cores have fewer.
+  const int64_t at_once = static_cast<int64_t>(cores * per_core);
+  const int64_t waves = CeilDiv(static_cast<int64_t>(blocks), at_once);
+  const double last = blocks - static_cast<double>((waves - 1) * at_once);
+  const double in_flight = static_cast<double>(plan.shared_bytes) *
+                           (plan.shape.stages > 1 ? 1.0 - 1.0 / plan.shape.stages : 1.0);
+  const auto wave_time = [&](double number) {
+    // What the busiest core has at a time, and the rate at which it reads.
+    const double busiest = std::min(
+        per_core, static_cast<double>(CeilDiv(static_cast<int64_t>(number), device.num_cores)));
+    const double all = std::min(1.0, number / (cores * busiest));
+    const double own = busiest * in_flight / kLatency;
+    const double rate = std::min(own, 2 * kBytesPerCore);
+    const double shared = kBytesPerCore / all;  // of the device's, if others are idle
+    return busiest * static_cast<double>(share) * unit_bytes / std::min(rate, shared);
+  };
+  const double entries_per_share = static_cast<double>(share) / units;
+  double time = kStart +
+                (static_cast<double>(waves - 1)) * wave_time(static_cast<double>(at_once)) +
+                wave_time(last) + kNextEntry * std::max(0.0, entries_per_share - 1) / per_core;
+  const bool merges = num_groups > 1 && !(w.uniform && share % static_cast<int64_t>(units) == 0);
+  if (merges) {
+    const double splits = static_cast<double>(CeilDiv(static_cast<int64_t>(units), share));
+    time += kMerge + kMergePerSplit * splits;
+  }
+  return time;
+}
+
+SplitPlan PlanSplits(const SplitKvAttentionParams& p, std::string_view variant,
+                     const Device& device, int64_t workspace_limit) {
+  SplitPlan plan;
+  if (variant != "vector") plan.shape = ChooseMatrix(p);
+  if (plan.shape.rows == 0 && variant != "matrix") plan.shape = ChooseVector(p);
+  const KernelShape& shape = plan.shape;
+  if (shape.rows == 0) return plan;
+  plan.possible = true;
+
+  SplitWork& w = plan.work;
+  const int64_t rows = p.query_len * p.group_size();
+  if (p.batch.count == 0 || rows == 0) return plan;
+  w.num_row_blocks = CeilDiv(rows, shape.rows);
+  w.rows_per_block = CeilDiv(rows, w.num_row_blocks);
+  w.num_row_blocks = CeilDiv(rows, w.rows_per_block);
+  w.num_entries = static_cast<int32_t>(p.batch.count * w.num_row_blocks);
+  w.unit_keys = shape.waves * shape.tile_keys;
+  w.token_rows = p.head_dim == 0 ? 0 : p.key.token_stride / p.head_dim;
+  w.page_rows = p.head_dim == 0 ? 0 : p.key.page_stride / p.head_dim;
+  w.partial_stride = (w.rows_per_block * (p.v_head_dim + 2) + 3) / 4 * 4;
+  const int64_t element_bytes = SizeOf(p.key.dtype);
+  w.wave_bytes = static_cast<int32_t>(WaveBytes(shape, p.head_dim, p.v_head_dim, element_bytes));
+  w.query_bytes = static_cast<int32_t>(QueryBytes(shape, p.head_dim));
+  w.uniform = p.kv_lengths.data == nullptr && w.num_row_blocks == 1;
+  plan.shared_bytes = SharedBytes(shape, p.head_dim, p.v_head_dim, element_bytes);
+
+  if (p.num_splits != 0 || p.split_size != 0) {
+    w.cut = p.split_size != 0 ? Cut::kSize : Cut::kCount;
+    w.split_size = std::min<int64_t>(p.split_size, int64_t{1} << 29);
+    const int64_t splits = p.split_size != 0 ? (p.kv_len + p.split_size - 1) / p.split_size
+                                             : std::min(p.num_splits, (p.kv_len + 15) / 16);
+    w.max_splits = static_cast<int32_t>(std::max<int64_t>(1, splits));
+    w.num_groups = w.num_entries * w.max_splits;
+    plan.num_splits = w.max_splits;
+    plan.merges = w.max_splits > 1;
+    if (plan.merges) {
+      plan.workspace_size = w.num_slots() * p.num_kv_heads * w.partial_stride;
+    }
+    return plan;
+  }
+  int64_t groups = PlanGroups(p, plan, device);
+  CutIntoShares(p, groups, plan);
+  while (plan.workspace_size > workspace_limit && groups > 1) CutIntoShares(p, --groups, plan);
+  return plan;
+}
+
+}  // namespace jax_attn::gpu

@@ -1,0 +1,134 @@
+// Copyright 2026 The jax_attn Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// CUDA and HIP under one set of names. The only file that includes a vendor's headers.
+
+#ifndef JAX_ATTN_CSRC_GPU_VENDOR_H_
+#define JAX_ATTN_CSRC_GPU_VENDOR_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#if defined(__HIP__) || defined(__HIP_PLATFORM_AMD__)
+#define JAX_ATTN_NVIDIA 0
+#include <hip/hip_runtime.h>
+#else
+#define JAX_ATTN_NVIDIA 1
+#include <cuda_runtime.h>
+#endif
+
+namespace jax_attn::gpu {
+
+#if JAX_ATTN_NVIDIA
+inline constexpr char kPlatform[] = "cuda";
+using Stream = cudaStream_t;
+using Error = cudaError_t;
+inline constexpr Error kSuccess = cudaSuccess;
+inline const char* ErrorString(Error error) { return cudaGetErrorString(error); }
+// Clears what a failed call leaves behind for the next one that asks.
+inline void ClearLastError() { (void)cudaGetLastError(); }
+inline constexpr bool kCopiesThroughRegisters = false;
+inline constexpr int kMatrixRows[] = {8, 16};  // query rows of a block
+// A kernel parameter that is read where it was passed, not copied first.
+#define JAX_ATTN_PARAMETER const __grid_constant__
+#else
+inline constexpr char kPlatform[] = "rocm";
+using Stream = hipStream_t;
+using Error = hipError_t;
+inline constexpr Error kSuccess = hipSuccess;
+inline const char* ErrorString(Error error) { return hipGetErrorString(error); }
+inline void ClearLastError() { (void)hipGetLastError(); }
+inline constexpr bool kCopiesThroughRegisters = true;
+inline constexpr int kMatrixRows[] = {16, 32};
+#define JAX_ATTN_PARAMETER const
+#endif
+
+// Shared memory whose size the launch decides.
+#define JAX_ATTN_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
+
+// What plans depend on.
+struct Device {
+  int num_cores = 132;  // SMs or CUs
+  int wave_size = 32;
+  int64_t shared_per_core = 228 * 1024;
+  int64_t shared_per_block = 227 * 1024;
+};
+
+// The current device; an error leaves `device` as it is, that of a usual machine.
+inline Error GetDevice(Device& device) {
+  int index = 0, cores = 0, wave = 0, per_core = 0, per_block = 0;
+#if JAX_ATTN_NVIDIA
+  Error error = cudaGetDevice(&index);
+  const std::pair<int*, cudaDeviceAttr> attributes[] = {
+      {&cores, cudaDevAttrMultiProcessorCount},
+      {&wave, cudaDevAttrWarpSize},
+      {&per_core, cudaDevAttrMaxSharedMemoryPerMultiprocessor},
+      {&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin}};
+  for (const auto& [value, attribute] : attributes) {
+    if (error == kSuccess) error = cudaDeviceGetAttribute(value, attribute, index);
+  }
+#else
+  Error error = hipGetDevice(&index);
+  const std::pair<int*, hipDeviceAttribute_t> attributes[] = {
+      {&cores, hipDeviceAttributeMultiprocessorCount},
+      {&wave, hipDeviceAttributeWarpSize},
+      {&per_core, hipDeviceAttributeMaxSharedMemoryPerMultiprocessor},
+      {&per_block, hipDeviceAttributeMaxSharedMemoryPerBlock}};
+  for (const auto& [value, attribute] : attributes) {
+    if (error == kSuccess) error = hipDeviceGetAttribute(value, attribute, index);
+  }
+#endif
+  if (error != kSuccess) {
+    ClearLastError();
+    return error;
+  }
+  device.num_cores = cores;
+  device.wave_size = wave;
+  device.shared_per_core = per_core;
+  device.shared_per_block = per_block;
+  return kSuccess;
+}
+
+struct LaunchShape {
+  unsigned blocks = 0;
+  unsigned threads = 0;
+  size_t shared_bytes = 0;
+  // The kernel may start before the previous one of the stream ends, and waits for it by itself
+  // (WaitForPreviousKernel). Where the device cannot do that it starts afterwards.
+  bool overlaps_previous = false;
+};
+
+// Launches on the given stream; nothing else, so that the call can be captured in a graph.
+inline Error Launch(const void* kernel, const LaunchShape& shape, Stream stream, void** args) {
+#if JAX_ATTN_NVIDIA
+  if (shape.shared_bytes > 48 * 1024) {
+    const Error error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             static_cast<int>(shape.shared_bytes));
+    if (error != kSuccess) {
+      ClearLastError();
+      return error;
+    }
+  }
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(shape.blocks);
+  config.blockDim = dim3(shape.threads);
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = shape.overlaps_previous ? 1 : 0;
+  const Error error = cudaLaunchKernelExC(&config, kernel, args);
+#else
+  const Error error = hipLaunchKernel(kernel, dim3(shape.blocks), dim3(shape.threads), args,
+                                      shape.shared_bytes, stream);
+#endif
+  if (error != kSuccess) ClearLastError();
+  return error;
+}
+
+}  // namespace jax_attn::gpu
+
+#endif  // JAX_ATTN_CSRC_GPU_VENDOR_H_

@@ -1,0 +1,201 @@
+// Copyright 2026 The jax_attn Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// What the lanes of a wave do together, and what they do one by one in vendor-specific ways.
+// Kernels use these, and assume nothing about the number of lanes but that 16 divides it.
+
+#ifndef JAX_ATTN_CSRC_GPU_WAVE_H_
+#define JAX_ATTN_CSRC_GPU_WAVE_H_
+
+#include <cstdint>
+
+#include "vendor.h"
+
+namespace jax_attn::gpu {
+
+#define JAX_ATTN_DEVICE __device__ __forceinline__
+
+// Lanes of a wave in device code. The host asks the device instead.
+#if JAX_ATTN_NVIDIA || defined(__GFX10__) || defined(__GFX11__) || defined(__GFX12__)
+inline constexpr int kWave = 32;
+#else
+inline constexpr int kWave = 64;
+#endif
+
+inline constexpr float kInfinity = __builtin_huge_valf();
+
+JAX_ATTN_DEVICE int Lane() { return static_cast<int>(threadIdx.x) % kWave; }
+JAX_ATTN_DEVICE int WaveIndex() { return static_cast<int>(threadIdx.x) / kWave; }
+
+template <typename T>
+JAX_ATTN_DEVICE T ShuffleXor(T x, int mask) {
+#if JAX_ATTN_NVIDIA
+  return __shfl_xor_sync(0xffffffffu, x, mask);
+#else
+  return __shfl_xor(x, mask);
+#endif
+}
+
+template <typename T>
+JAX_ATTN_DEVICE T Broadcast(T x, int lane) {
+#if JAX_ATTN_NVIDIA
+  return __shfl_sync(0xffffffffu, x, lane);
+#else
+  return __shfl(x, lane);
+#endif
+}
+
+// The value of the lane `distance` before this one; its own in the first lanes.
+template <typename T>
+JAX_ATTN_DEVICE T ShuffleUp(T x, int distance) {
+#if JAX_ATTN_NVIDIA
+  return __shfl_up_sync(0xffffffffu, x, distance);
+#else
+  return __shfl_up(x, distance);
+#endif
+}
+
+JAX_ATTN_DEVICE bool Any(bool x) {
+#if JAX_ATTN_NVIDIA
+  return __any_sync(0xffffffffu, x);
+#else
+  return __any(x);
+#endif
+}
+
+// Bit i: what lane i says.
+JAX_ATTN_DEVICE uint64_t Ballot(bool x) {
+#if JAX_ATTN_NVIDIA
+  return __ballot_sync(0xffffffffu, x);
+#else
+  return __ballot(x);
+#endif
+}
+
+// Shared memory written by lanes of the wave before is seen by all of them after.
+JAX_ATTN_DEVICE void WaveFence() {
+#if JAX_ATTN_NVIDIA
+  __syncwarp();
+#else
+  __builtin_amdgcn_fence(__ATOMIC_ACQ_REL, "wavefront");
+  __builtin_amdgcn_wave_barrier();
+#endif
+}
+
+// 2^x in one instruction; subnormal results are 0.
+JAX_ATTN_DEVICE float Exp2(float x) {
+#if JAX_ATTN_NVIDIA
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return __builtin_amdgcn_exp2f(x);
+#endif
+}
+
+// NaN if either is, unlike fmaxf: a NaN logit must not be lost.
+JAX_ATTN_DEVICE float Max(float a, float b) {
+#if JAX_ATTN_NVIDIA
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+#else
+  return a > b || a != a ? a : b;
+#endif
+}
+
+// ---- Kernels that follow each other
+
+// Lets the next kernel of the stream start, if it was launched to overlap this one.
+JAX_ATTN_DEVICE void AllowNextKernel() {
+#if JAX_ATTN_NVIDIA && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+JAX_ATTN_DEVICE void WaitForPreviousKernel() {
+#if JAX_ATTN_NVIDIA && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// ---- Copies from global to shared memory that run while lanes compute
+//
+// Copies are begun in batches. On NVIDIA they go straight to shared memory, and several batches are
+// under way; on AMD one batch waits in registers until it is landed (kCopiesThroughRegisters).
+
+template <int kBytes>
+struct Bytes;
+template <>
+struct Bytes<4> {
+  using Type = uint32_t;
+};
+template <>
+struct Bytes<8> {
+  using Type = uint2;
+};
+template <>
+struct Bytes<16> {
+  using Type = uint4;
+};
+
+// The copies of a lane in one batch, at most kCount of kBytes each.
+template <int kBytes, int kCount>
+class Copies {
+ public:
+  // Begins copy `i`; zeros are stored if it is not `wanted`, and nothing is read.
+  JAX_ATTN_DEVICE void Begin(int i, void* to, const void* from, bool wanted) {
+#if JAX_ATTN_NVIDIA
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    const int size = wanted ? kBytes : 0;
+    (void)i;
+    if constexpr (kBytes == 16) {
+      asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address),
+                   "l"(from), "r"(size)
+                   : "memory");
+    } else {
+      asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from),
+                   "n"(kBytes), "r"(size)
+                   : "memory");
+    }
+#else
+    (void)to;
+    held_[i] = Type{};
+    if (wanted) held_[i] = *static_cast<const Type*>(from);
+#endif
+  }
+
+  // Stores copy `i`; nothing to do where it went to shared memory by itself.
+  JAX_ATTN_DEVICE void Land(int i, void* to) const {
+#if JAX_ATTN_NVIDIA
+    (void)i;
+    (void)to;
+#else
+    *static_cast<Type*>(to) = held_[i];
+#endif
+  }
+
+ private:
+#if !JAX_ATTN_NVIDIA
+  using Type = typename Bytes<kBytes>::Type;
+  Type held_[kCount];
+#endif
+};
+
+JAX_ATTN_DEVICE void EndBatch() {
+#if JAX_ATTN_NVIDIA
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most kPending batches are under way.
+template <int kPending>
+JAX_ATTN_DEVICE void WaitForBatches() {
+#if JAX_ATTN_NVIDIA
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+}  // namespace jax_attn::gpu
+
+#endif  // JAX_ATTN_CSRC_GPU_WAVE_H_
