@@ -76,23 +76,31 @@ JAX_ATTN_DEVICE void RunSegment(const SplitKvAttentionParams& p, const SplitWork
   char* const rings = shared + w.query_bytes;
   const int wave = WaveIndex();
   char* const ring = rings + wave * w.wave_bytes;
-  FindOffsets(p, entry.batch_index, state.offsets);
+  FindOffsets(p, w, entry.batch_index, state.offsets);
   __syncthreads();
   const Segment s(p, entry, kv_head, keys, slot, state.rows, state.offsets);
-  for (int row = threadIdx.x; row < Core::kShape.rows; row += blockDim.x) {
-    DescribeRow(p, state.offsets, entry, kv_head, row, state.rows[row]);
+  const auto describe_rows = [&] {
+    for (int row = threadIdx.x; row < Core::kShape.rows; row += blockDim.x) {
+      DescribeRow(p, state.offsets, entry, kv_head, row, state.rows[row]);
+    }
+  };
+  if constexpr (Core::kExtras) {
+    describe_rows();
+    __syncthreads();  // the ring asks rows what the mask hides
   }
-  if constexpr (Core::kExtras) __syncthreads();  // the ring asks rows what the mask hides
+  // The first copies come before everything that can wait for them.
   TileRing<Core::kStored, Core::kShape.max_dim, Core::kShape.tile_keys, Core::kShape.stages,
            Core::kExtras>
       tiles(p, w, s, ring, wave, Core::kShape.waves);
   Core::StoreQueries(p, s, state.offsets.query, queries);
+  if constexpr (!Core::kExtras) describe_rows();
   __syncthreads();
   const int weight_floats = Core::kShape.matrix ? 0 : Core::kShape.rows * Core::kShape.tile_keys;
   Core core(p, s, queries, reinterpret_cast<float*>(ring + w.wave_bytes) - weight_floats);
   Tile tile;
   while (tiles.More()) {
-    if (tiles.Next(tile)) core.Attend(tile);
+    tiles.Next(tile);
+    core.Attend(tile);
   }
   WaveFence();  // the last tile has been read; outputs take its place
   core.Finish(reinterpret_cast<float*>(ring), state.tops[wave], state.totals[wave]);
@@ -101,7 +109,7 @@ JAX_ATTN_DEVICE void RunSegment(const SplitKvAttentionParams& p, const SplitWork
 }
 
 template <typename Core>
-__global__ void __launch_bounds__(Core::kShape.waves* kWave)
+__global__ void __launch_bounds__(Core::kShape.waves* kWave, Core::kShape.matrix ? 0 : 1)
     SplitKvKernel(JAX_ATTN_PARAMETER SplitKvAttentionParams p, JAX_ATTN_PARAMETER SplitWork w) {
   JAX_ATTN_DYNAMIC_SHARED(shared);
   __shared__ BlockShared<Core> state;

@@ -30,7 +30,7 @@ JAX_ATTN_DEVICE void FinishRow(const SplitKvAttentionParams& p, int64_t batch_in
   // What brings the values to the final maximum.
   float to_top = 1.0f;
   if (p.sinks.data != nullptr) {
-    const int group = static_cast<int>(p.group_size());
+    const int group = GroupSize(p);
     const float sink = p.sinks.data[sinks + kv_head * group + row % group] * kLog2E;
     final_top = Max(top, sink);
     if (final_top != -kInfinity && final_top != kInfinity) {

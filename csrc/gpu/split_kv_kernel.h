@@ -42,6 +42,10 @@ struct SplitWork {
   float* partials = nullptr;   // [slot][kv head]; values [rows][v_head_dim], tops, totals
   int32_t wave_bytes = 0;      // shared memory of a wave
   int32_t query_bytes = 0;     // shared memory of the queries
+  // If there are no more than one batch dimension: strides of operands, in the order of
+  // BatchOffsets. Side by side, since at first each line of the parameters is a wait.
+  bool one_batch_dim = false;
+  int64_t batch_strides[11] = {};
 
   // Slots of partial results. With shares, a group has one for the entry that it begins in and one
   // for that where it ends.
@@ -62,7 +66,11 @@ struct KernelShape {
   int tile_keys = 0;    // keys of a wave's tile
 };
 
-constexpr int CeilDiv(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+// In the wider of both types: divisions of 32 bits are much faster on GPUs.
+template <typename A, typename B>
+constexpr int CeilDiv(A a, B b) {
+  return static_cast<int>((a + b - 1) / b);
+}
 
 // Bytes between rows of shared memory: an odd number of 16 bytes, so that the rows of a tile start
 // in different banks, and enough for whole matrix instructions.

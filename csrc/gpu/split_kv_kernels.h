@@ -21,7 +21,7 @@ struct VectorSize {
 // The smallest first; without rows after the last. What is no wider than 16 bits usually goes to
 // matrix kernels, so that there are few for it.
 constexpr VectorSize VectorSizeAt(DType stored, int i) {
-  constexpr VectorSize kMany[] = {{128, 2}, {128, 8}, {256, 4}, {512, 4}, {}};
+  constexpr VectorSize kMany[] = {{128, 2}, {128, 8}, {256, 4}, {512, 2}, {}};
   constexpr VectorSize kFew[] = {{128, 8}, {512, 4}, {}};
   return stored == DType::kFloat32 ? kMany[i] : kFew[i];
 }

@@ -47,7 +47,7 @@ JAX_ATTN_DEVICE void DescribeRow(const SplitKvAttentionParams& p, const BatchOff
                                  const Entry& entry, int kv_head, int row, RowInfo& info) {
   info = RowInfo{};
   if (row >= entry.num_rows) return;  // sees no key
-  const int group = static_cast<int>(p.group_size());
+  const int group = GroupSize(p);
   const int query = (entry.first_row + row) / group;
   const int head = kv_head * group + (entry.first_row + row) % group;
   info.keys = VisibleKeys(p, entry.length, query);
@@ -59,7 +59,7 @@ JAX_ATTN_DEVICE void DescribeRow(const SplitKvAttentionParams& p, const BatchOff
 
 // Where a query row is read from, and an output row written to; in rows.
 JAX_ATTN_DEVICE int64_t RowIndex(const SplitKvAttentionParams& p, int kv_head, int row) {
-  const int group = static_cast<int>(p.group_size());
+  const int group = GroupSize(p);
   return static_cast<int64_t>(row / group) * p.num_q_heads + kv_head * group + row % group;
 }
 

@@ -26,17 +26,22 @@ class MatrixCore {
   // Stores the queries of a block, all threads together: zeros past head_dim and past the rows.
   static JAX_ATTN_DEVICE void StoreQueries(const SplitKvAttentionParams& p, const Segment& s,
                                            int64_t batch, char* queries) {
-    const int stride = SharedStride(p.head_dim, 2);
-    const int padded = CeilDiv(p.head_dim, 16) * 16;
+    const int stride = SharedStride(p.head_dim, 2), head_dim = static_cast<int>(p.head_dim);
+    const int chunks = CeilDiv(head_dim, 16) * 2;  // of 8 elements
     const uint16_t* from = static_cast<const uint16_t*>(p.query) + batch;
-    for (int i = threadIdx.x; i < kRowCount * padded; i += blockDim.x) {
-      const int row = i / padded, d = i % padded;
-      uint16_t x = 0;
-      if (row < s.num_rows && d < p.head_dim) {
-        x = from[RowIndex(p, s.kv_head, s.first_row + row) * p.head_dim + d];
+    for (int i = threadIdx.x; i < kRowCount * chunks; i += blockDim.x) {
+      const int row = i / chunks, d = i % chunks * 8;
+      uint4 x = {0, 0, 0, 0};
+      if (row < s.num_rows && d < head_dim) {
+        const int64_t index = RowIndex(p, s.kv_head, s.first_row + row) * head_dim + d;
+        x = *reinterpret_cast<const uint4*>(from + index);
       }
-      const int position = d - d % 16 + Fragments::QueryPosition<kStored>(d % 16);
-      reinterpret_cast<uint16_t*>(queries + row * stride)[position] = x;
+      const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int position = d - d % 16 + Fragments::QueryPosition<kStored>(d % 16 + 2 * j);
+        *reinterpret_cast<uint32_t*>(queries + row * stride + position * 2) = pairs[j];
+      }
     }
   }
 
@@ -49,6 +54,15 @@ class MatrixCore {
         k_stride_(SharedStride(p.head_dim, SizeOf(kStored))),
         v_stride_(SharedStride(p.v_head_dim, SizeOf(kStored))),
         lane_(Lane()) {
+    if constexpr (kHoldsQueries) {
+#pragma unroll
+      for (int c = 0; c < kSteps; ++c) {
+#pragma unroll
+        for (int n = 0; n < kBlocks; ++n) {
+          if (c * 16 < p_.head_dim) held_[c][n] = LoadQuery(c, n);
+        }
+      }
+    }
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
@@ -115,6 +129,15 @@ class MatrixCore {
   static constexpr int kSlots = Fragments::kSlots;
   static_assert(kRowCount % Fragments::kRows == 0);
 
+  // Whether there are registers for all queries.
+  static constexpr bool kHoldsQueries =
+      !kCopiesThroughRegisters && kSteps * kBlocks * sizeof(Fragments::B) <= 64;
+
+  JAX_ATTN_DEVICE Fragments::B LoadQuery(int c, int n) const {
+    const char* rows = queries_ + n * Fragments::kRows * query_stride_;
+    return Fragments::LoadQuery<kT>(rows, query_stride_, c, lane_);
+  }
+
   // Dot products of keys and queries. A chain of its own for every other step halves the wait for
   // one instruction after the other.
   JAX_ATTN_DEVICE void Scores(const Tile& tile, float (&x)[kBlocks][kElements]) const {
@@ -130,8 +153,12 @@ class MatrixCore {
         const Fragments::A a = Fragments::LoadKeys<kT, kStored>(tile.k, k_stride_, c, lane_);
 #pragma unroll
         for (int n = 0; n < kBlocks; ++n) {
-          const char* rows = queries_ + n * Fragments::kRows * query_stride_;
-          const Fragments::B b = Fragments::LoadQuery<kT>(rows, query_stride_, c, lane_);
+          Fragments::B b;
+          if constexpr (kHoldsQueries) {
+            b = held_[c][n];
+          } else {
+            b = LoadQuery(c, n);
+          }
           Fragments::MultiplyAdd<kT>(a, b, c % 2 == 0 ? x[n] : other[n]);
         }
       }
@@ -206,6 +233,7 @@ class MatrixCore {
   const Segment& s_;
   const char* queries_;
   int query_stride_, k_stride_, v_stride_, lane_;
+  Fragments::B held_[kHoldsQueries ? kSteps : 1][kBlocks];
   float top_[kBlocks][kSlots];
   float total_[kBlocks][kSlots];  // of the lane's own keys
   float out_[kSteps][kBlocks][kElements];

@@ -49,22 +49,10 @@ JAX_ATTN_DEVICE Slots SlotsOf(const SplitKvAttentionParams& p, const SplitWork& 
   return slots;
 }
 
-// Exchange of what threads found, in a fixed order.
-template <typename T, typename Merge>
-JAX_ATTN_DEVICE T OverBlock(T* shared, T x, const Merge& merge) {
-#pragma unroll
-  for (int mask = 1; mask < kWave; mask *= 2) x = merge(x, ShuffleXor(x, mask));
-  if (Lane() == 0) shared[WaveIndex()] = x;
-  __syncthreads();
-  T all = shared[0];
-  for (int i = 1; i < kMergeThreads / kWave; ++i) all = merge(all, shared[i]);
-  return all;
-}
-
 __global__ void __launch_bounds__(kMergeThreads)
     MergeKernel(JAX_ATTN_PARAMETER SplitKvAttentionParams p, JAX_ATTN_PARAMETER SplitWork w) {
-  __shared__ float tops[kMergeThreads / kWave];
-  __shared__ float totals[kMergeThreads / kWave];
+  __shared__ float tops[kMergeThreads];
+  __shared__ float totals[kMergeThreads];
   __shared__ float4 sums[kMergeThreads];
   const int num_heads = static_cast<int>(p.num_kv_heads);
   const int row = blockIdx.x % w.rows_per_block;
@@ -76,47 +64,40 @@ __global__ void __launch_bounds__(kMergeThreads)
   if (slots.count == 1 || row >= entry.num_rows) return;
 
   const int v_head_dim = static_cast<int>(p.v_head_dim);
-  const auto state = [&](int split) {
-    return Partial(p, w, slots.At(split), kv_head) + w.rows_per_block * v_head_dim + row;
-  };
-  float top = -kInfinity;
-  for (int i = threadIdx.x; i < slots.count; i += kMergeThreads) top = Max(top, *state(i));
-  top = OverBlock(tops, top, [](float a, float b) { return Max(a, b); });
-  const float base = Base(top);
-  float total = 0;
-  for (int i = threadIdx.x; i < slots.count; i += kMergeThreads) {
-    const float* s = state(i);
-    total += Exp2(s[0] - base) * s[w.rows_per_block];
-  }
-  total = OverBlock(totals, total, [](float a, float b) { return a + b; });
-
-  // Threads that have the same four values take splits in turn.
+  // Threads that have the same four values take splits in turn, in an order that is fixed.
   const int columns = v_head_dim / 4;
   const int threads_per_split = columns < kMergeThreads ? columns : kMergeThreads;
   const int parts = kMergeThreads / threads_per_split;
   const int part = threadIdx.x / threads_per_split, column = threadIdx.x % threads_per_split;
+  float top = -kInfinity, total = 0;
   float4 sum = {0, 0, 0, 0};
+  const auto add = [&](float other_top, float other_total, const float4& x) {
+    const float new_top = Max(top, other_top), base = Base(new_top);
+    const float keep = Exp2(top - base), factor = Exp2(other_top - base);
+    top = new_top;
+    total = keep * total + factor * other_total;
+    sum.x = keep * sum.x + factor * x.x;
+    sum.y = keep * sum.y + factor * x.y;
+    sum.z = keep * sum.z + factor * x.z;
+    sum.w = keep * sum.w + factor * x.w;
+  };
   if (part < parts) {
 #pragma unroll 4
     for (int i = part; i < slots.count; i += parts) {
       const float* partial = Partial(p, w, slots.At(i), kv_head);
-      const float factor = Exp2(partial[w.rows_per_block * v_head_dim + row] - base);
-      const float4 x = reinterpret_cast<const float4*>(partial + row * v_head_dim)[column];
-      sum.x += factor * x.x;
-      sum.y += factor * x.y;
-      sum.z += factor * x.z;
-      sum.w += factor * x.w;
+      const float* state = partial + w.rows_per_block * v_head_dim + row;
+      add(state[0], state[w.rows_per_block],
+          reinterpret_cast<const float4*>(partial + row * v_head_dim)[column]);
     }
   }
+  tops[threadIdx.x] = top;
+  totals[threadIdx.x] = total;
   sums[threadIdx.x] = sum;
   __syncthreads();
   if (part != 0) return;
   for (int i = 1; i < parts; ++i) {
-    const float4 x = sums[i * threads_per_split + column];
-    sum.x += x.x;
-    sum.y += x.y;
-    sum.z += x.z;
-    sum.w += x.w;
+    const int other = i * threads_per_split + column;
+    add(tops[other], totals[other], sums[other]);
   }
   FinishRow(p, entry.batch_index, kv_head, entry.first_row + row, column * 4, sum, top, total,
             p.sinks.batch.Offset(p.batch, entry.batch_index));

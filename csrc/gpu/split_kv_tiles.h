@@ -21,21 +21,29 @@ struct BatchOffsets {
   int64_t query, key, value, bias, mask, page_table, layer, alibi_slopes, sinks, k_scale, v_scale;
 };
 
+inline constexpr int kNumBatchOffsets = sizeof(BatchOffsets) / sizeof(int64_t);
+static_assert(sizeof(SplitWork::batch_strides) == sizeof(BatchOffsets));
+
 // Fills `at`, a thread for each operand: offsets take divisions if there are several dimensions.
-JAX_ATTN_DEVICE void FindOffsets(const SplitKvAttentionParams& p, int64_t batch_index,
-                                 BatchOffsets& at) {
+JAX_ATTN_DEVICE void FindOffsets(const SplitKvAttentionParams& p, const SplitWork& w,
+                                 int64_t batch_index, BatchOffsets& at) {
   const int i = threadIdx.x;
+  if (i >= kNumBatchOffsets) return;
+  int64_t* const offsets = reinterpret_cast<int64_t*>(&at);
+  if (w.one_batch_dim) {
+    offsets[i] = w.batch_strides[i] * batch_index;
+    return;
+  }
   const BatchStrides* const batches[] = {
       &p.query_batch, &p.key.batch,        &p.value.batch,  &p.bias.batch,
       &p.mask.batch,  &p.page_table.batch, &p.layer.batch,  &p.alibi_slopes.batch,
       &p.sinks.batch, &p.k_scale.batch,    &p.v_scale.batch};
-  constexpr int kCount = sizeof(BatchOffsets) / sizeof(int64_t);
   const BatchStrides* batch = batches[0];
 #pragma unroll
-  for (int j = 1; j < kCount; ++j) {
+  for (int j = 1; j < kNumBatchOffsets; ++j) {
     if (i == j) batch = batches[j];
   }
-  if (i < kCount) reinterpret_cast<int64_t*>(&at)[i] = batch->Offset(p.batch, batch_index);
+  offsets[i] = batch->Offset(p.batch, batch_index);
 }
 
 // One row of the block: a query with a head.
@@ -74,7 +82,7 @@ struct Segment {
         keys(keys),
         slot(slot),
         rows(rows) {
-    const int group = static_cast<int>(p.group_size());
+    const int group = GroupSize(p);
     common.begin = VisibleKeys(p, entry.length, (first_row + num_rows - 1) / group).begin;
     common.end = VisibleKeys(p, entry.length, first_row / group).end;
     int64_t layer = 0;
@@ -131,34 +139,31 @@ class TileRing {
         step_(num_waves * kTileKeys),
         key_(segment.keys.begin + wave * kTileKeys) {
     Find();
+#pragma unroll 1
+    for (int i = 0; i < kAhead; ++i) Begin();
   }
 
   // Whether there are tiles to come.
-  JAX_ATTN_DEVICE bool More() const { return at_ < begun_ || wanted_ != 0; }
+  JAX_ATTN_DEVICE bool More() const { return at_ < begun_; }
 
-  // Goes on by one tile; false in the first steps, which only begin copies. A tile stays until the
-  // next step.
-  JAX_ATTN_DEVICE bool Next(Tile& tile) {
-    const bool ready = at_ >= 0;
-    if (ready) {
-      char* stage = shared_ + at_ % kStages * stage_bytes_;
-      if constexpr (kCopiesThroughRegisters) {
-        WaveFence();  // the tile before has been read
-        Land(stage);
-      } else {
-        WaitForBatches<kAhead - 1>();
-      }
-      WaveFence();
-      tile.k = stage;
-      tile.v = stage + kTileKeys * k_stride_;
-      const char* header = tile.v + kTileKeys * v_stride_;
-      tile.k_scale = reinterpret_cast<const float*>(header);
-      tile.v_scale = tile.k_scale + kTileKeys;
-      tile.first_key = *reinterpret_cast<const int*>(header + 2 * kTileKeys * 4);
+  // Goes on by one tile, which stays until the next step.
+  JAX_ATTN_DEVICE void Next(Tile& tile) {
+    char* stage = shared_ + at_ % kStages * stage_bytes_;
+    if constexpr (kCopiesThroughRegisters) {
+      WaveFence();  // the tile before has been read
+      Land(stage);
+    } else {
+      WaitForBatches<kAhead - 1>();
     }
+    WaveFence();
+    tile.k = stage;
+    tile.v = stage + kTileKeys * k_stride_;
+    const char* header = tile.v + kTileKeys * v_stride_;
+    tile.k_scale = reinterpret_cast<const float*>(header);
+    tile.v_scale = tile.k_scale + kTileKeys;
+    tile.first_key = *reinterpret_cast<const int*>(header + 2 * kTileKeys * 4);
     Begin();
     ++at_;
-    return ready;
   }
 
  private:
@@ -315,7 +320,7 @@ class TileRing {
   int token_;        // of the lane's key, in its page if there are pages
   int page_;
   int64_t row_;  // of the lane's key in the tile begun last
-  int begun_ = 0, at_ = -kAhead;
+  int begun_ = 0, at_ = 0;
   uint32_t held_wanted_ = 0;  // of the tile begun last
   int held_key_ = 0;
   Copies<16, kCopies> k_, v_;

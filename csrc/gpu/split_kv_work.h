@@ -19,6 +19,11 @@ struct KeyRange {
   constexpr int size() const { return end > begin ? end - begin : 0; }
 };
 
+// By a division of 32 bits, which takes a third of the time.
+JAX_ATTN_DEVICE int GroupSize(const SplitKvAttentionParams& p) {
+  return static_cast<int>(p.num_q_heads) / static_cast<int>(p.num_kv_heads);
+}
+
 JAX_ATTN_DEVICE int ContextLength(const SplitKvAttentionParams& p, int64_t batch_index) {
   const int longest = static_cast<int>(p.kv_len);
   if (p.kv_lengths.data == nullptr) return longest;
@@ -48,7 +53,7 @@ struct Entry {
 
   JAX_ATTN_DEVICE Entry(const SplitKvAttentionParams& p, const SplitWork& w, int index)
       : batch_index(index / w.num_row_blocks) {
-    const int group = static_cast<int>(p.group_size());
+    const int group = GroupSize(p);
     const int all_rows = static_cast<int>(p.query_len) * group;
     first_row = index % w.num_row_blocks * w.rows_per_block;
     num_rows = min(w.rows_per_block, all_rows - first_row);
@@ -111,30 +116,43 @@ JAX_ATTN_DEVICE Place FindShare(const SplitKvAttentionParams& p, const SplitWork
     return place;
   }
   const int lane = Lane();
+  // Lengths of several rounds are asked for at once.
+  constexpr int kAtOnce = 4;
   int64_t total = 0;
   // First all units are counted, then those before the share.
   for (int round = 0; round < 2; ++round) {
     const int64_t start = static_cast<int64_t>(group) * place.share;
     int64_t base = 0;
 #pragma unroll 1
-    for (int first = 0; first < w.num_entries; first += kWave) {
-      const int index = first + lane;
-      const int own = index < w.num_entries ? Entry(p, w, index).units(w) : 0;
-      int sum = own;
+    for (int several = 0; several < w.num_entries; several += kAtOnce * kWave) {
+      int units[kAtOnce];
 #pragma unroll
-      for (int d = 1; d < kWave; d *= 2) {
-        const int before = ShuffleUp(sum, d);
-        if (lane >= d) sum += before;
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int index = several + i * kWave + lane;
+        units[i] = index < w.num_entries ? Entry(p, w, index).units(w) : 0;
       }
-      if (round == 0) {
-        if (writes && index < w.num_entries) w.starts[index] = static_cast<int>(base) + sum - own;
-      } else if (const uint64_t here = Ballot(base + sum > start); here != 0) {
-        const int found = __ffsll(static_cast<unsigned long long>(here)) - 1;
-        place.entry = first + found;
-        place.offset = static_cast<int>(start - base) - Broadcast(sum - own, found);
-        return place;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int first = several + i * kWave;
+        if (first >= w.num_entries) break;
+        int sum = units[i];
+#pragma unroll
+        for (int d = 1; d < kWave; d *= 2) {
+          const int before = ShuffleUp(sum, d);
+          if (lane >= d) sum += before;
+        }
+        if (round == 0) {
+          if (writes && first + lane < w.num_entries) {
+            w.starts[first + lane] = static_cast<int>(base) + sum - units[i];
+          }
+        } else if (const uint64_t here = Ballot(base + sum > start); here != 0) {
+          const int found = __ffsll(static_cast<unsigned long long>(here)) - 1;
+          place.entry = first + found;
+          place.offset = static_cast<int>(start - base) - Broadcast(sum - units[i], found);
+          return place;
+        }
+        base += Broadcast(sum, kWave - 1);
       }
-      base += Broadcast(sum, kWave - 1);
     }
     total = base;
     if (writes && lane == 0) w.starts[w.num_entries] = static_cast<int>(total);

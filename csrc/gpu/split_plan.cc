@@ -12,11 +12,13 @@ namespace {
 
 // The cost model, in nanoseconds and bytes. Only ratios matter, and they hold well enough from an
 // A100 to an MI300X.
-constexpr double kBytesPerCore = 35;  // per nanosecond, all cores together
-constexpr double kLatency = 2500;     // from the beginning of a copy until its place is free again
-constexpr double kStart = 2000;       // until the first copies of a block are under way
-constexpr double kNextEntry = 1000;   // queries in, outputs out
-constexpr double kMerge = 1500;       // a merge kernel
+constexpr double kBytesPerCore = 34;  // per nanosecond; no more if other cores are idle
+constexpr double kLatency = 2200;     // from the beginning of a copy until its place is free again
+constexpr double kStart = 6000;       // until the first copies of a block are under way
+constexpr double kNextEntry = 3000;   // queries in, outputs out
+constexpr double kMerge = 4500;       // a merge kernel
+constexpr double kColdMerge = 8500;   // if keys have thrown its instructions out of the L2 cache
+constexpr double kCacheBytes = 32e6;
 constexpr double kMergePerSplit = 20;
 
 // What the runtime keeps for itself of a block's shared memory, and static arrays.
@@ -133,11 +135,8 @@ double EstimateTime(const SplitKvAttentionParams& p, const SplitPlan& plan, cons
     // What the busiest core has at a time, and the rate at which it reads.
     const double busiest = std::min(
         per_core, static_cast<double>(CeilDiv(static_cast<int64_t>(number), device.num_cores)));
-    const double all = std::min(1.0, number / (cores * busiest));
-    const double own = busiest * in_flight / kLatency;
-    const double rate = std::min(own, 2 * kBytesPerCore);
-    const double shared = kBytesPerCore / all;  // of the device's, if others are idle
-    return busiest * static_cast<double>(share) * unit_bytes / std::min(rate, shared);
+    const double rate = std::min(busiest * in_flight / kLatency, kBytesPerCore);
+    return busiest * static_cast<double>(share) * unit_bytes / rate;
   };
   const double entries_per_share = static_cast<double>(share) / units;
   double time = kStart +
@@ -146,7 +145,9 @@ double EstimateTime(const SplitKvAttentionParams& p, const SplitPlan& plan, cons
   const bool merges = num_groups > 1 && !(w.uniform && share % static_cast<int64_t>(units) == 0);
   if (merges) {
     const double splits = static_cast<double>(CeilDiv(static_cast<int64_t>(units), share));
-    time += kMerge + kMergePerSplit * splits;
+    time += (total * unit_bytes * static_cast<double>(p.num_kv_heads) > kCacheBytes ? kColdMerge
+                                                                                    : kMerge) +
+            kMergePerSplit * splits;
   }
   return time;
 }
@@ -174,6 +175,14 @@ SplitPlan PlanSplits(const SplitKvAttentionParams& p, std::string_view variant,
   const int64_t element_bytes = SizeOf(p.key.dtype);
   w.wave_bytes = static_cast<int32_t>(WaveBytes(shape, p.head_dim, p.v_head_dim, element_bytes));
   w.query_bytes = static_cast<int32_t>(QueryBytes(shape, p.head_dim));
+  if (p.batch.num_dims <= 1) {
+    const BatchStrides* const batches[] = {
+        &p.query_batch, &p.key.batch,        &p.value.batch,  &p.bias.batch,
+        &p.mask.batch,  &p.page_table.batch, &p.layer.batch,  &p.alibi_slopes.batch,
+        &p.sinks.batch, &p.k_scale.batch,    &p.v_scale.batch};
+    w.one_batch_dim = true;
+    for (int i = 0; i < 11; ++i) w.batch_strides[i] = batches[i]->strides[0];
+  }
   w.uniform = p.kv_lengths.data == nullptr && w.num_row_blocks == 1;
   plan.shared_bytes = SharedBytes(shape, p.head_dim, p.v_head_dim, element_bytes);
 
