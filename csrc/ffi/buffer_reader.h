@@ -85,6 +85,7 @@ class BufferReader {
     return batch;
   }
 
+  // Takes the first of a list of names separated by commas.
   static std::string_view NextName(std::string_view& names) {
     const size_t comma = names.find(',');
     const std::string_view name = names.substr(0, comma);
@@ -92,7 +93,8 @@ class BufferReader {
     return name;
   }
 
-  static bool Names(std::string_view names, std::string_view wanted) {
+  // Whether a list of names separated by commas has one.
+  static bool HasName(std::string_view names, std::string_view wanted) {
     while (!names.empty()) {
       if (NextName(names) == wanted) return true;
     }

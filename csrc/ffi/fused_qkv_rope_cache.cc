@@ -128,7 +128,7 @@ class Reader : BufferReader {
 
   void ReadPages(const char* name, ffi::AnyBuffer in, ffi::AnyBuffer out, int64_t head_dim,
                  PagesOperand& pages) {
-    const bool has_layers = Names(attrs_.operands, "layer");
+    const bool has_layers = HasName(attrs_.operands, "layer");
     const Dimensions dims = out.dimensions();
     const int64_t core_rank = has_layers ? 5 : 4;
     bool agrees = static_cast<int64_t>(dims.size()) == core_rank + p_.batch.num_dims;

@@ -1,59 +1,25 @@
 // Copyright 2026 The jax_attn Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Reads buffers into the operands of a problem, and keeps the first disagreement that it finds.
+// Reads buffers into the operands of an attention problem, whose batch is a dimension of its own.
 
 #ifndef JAX_ATTN_CSRC_FFI_OPERAND_READER_H_
 #define JAX_ATTN_CSRC_FFI_OPERAND_READER_H_
 
 #include <cstdint>
-#include <optional>
 #include <string>
 #include <string_view>
 
 #include "../operands.h"
-#include "check.h"
+#include "buffer_reader.h"
 
 namespace jax_attn {
 
-class OperandReader {
+class OperandReader : public BufferReader {
  public:
   OperandReader(std::string_view op, BatchShape& batch) : op_(op), batch_(batch) {}
 
-  const std::string& error() const { return error_; }
-
-  ffi::Error ToError() const {
-    return error_.empty() ? ffi::Error::Success() : InvalidArgument(op_, error_);
-  }
-
-  void Fail(const std::string& what) {
-    if (error_.empty()) error_ = what;
-  }
-
-  void Expect(std::string_view name, Dimensions dims, bool agrees, const std::string& expected) {
-    if (!agrees) {
-      Fail(std::string(name) + " has shape " + ToString(dims) + ", expected " + expected);
-    }
-  }
-
-  void ExpectType(std::string_view name, ffi::AnyBuffer buffer, ffi::DataType expected) {
-    if (buffer.element_type() != expected) {
-      Fail(std::string(name) + " has an element type that is not expected");
-    }
-  }
-
-  void ExpectInRange(const char* name, int64_t value, int64_t low, int64_t high) {
-    if (value < low || value > high) {
-      Fail(std::string(name) + " is " + std::to_string(value) + ", expected " +
-           std::to_string(low) + " to " + std::to_string(high));
-    }
-  }
-
-  DType FloatingType(std::string_view name, ffi::AnyBuffer buffer) {
-    const std::optional<DType> dtype = ToDType(buffer.element_type());
-    if (!dtype) Fail(std::string(name) + " has an element type that is not supported");
-    return dtype.value_or(DType::kFloat32);
-  }
+  ffi::Error ToError() const { return Status(op_); }
 
   // The first dimensions of a result, which has all of them, are those of the batch.
   void SetBatch(Dimensions dims, int64_t num_dims) {
@@ -119,46 +85,13 @@ class OperandReader {
 
   void ReadBias(ffi::AnyBuffer buffer, int64_t num_q_heads, int64_t query_len, int64_t kv_len,
                 RowOperand& rows) {
-    rows.dtype = FloatingType("bias", buffer);
-    if (SizeOf(rows.dtype) == 1) Fail("bias has an element type that is not supported");
+    rows.dtype = FloatType("bias", buffer);
     ReadRows("bias", buffer, num_q_heads, query_len, kv_len, rows);
-  }
-
-  // Calls visit(name, buffer) for the arguments that `names` lists, separated by commas.
-  template <typename Visit>
-  void ForEachOperand(std::string_view names, ffi::RemainingArgs rest, Visit visit) {
-    size_t i = 0;
-    for (; !names.empty(); ++i) {
-      const std::string_view name = NextName(names);
-      const ffi::ErrorOr<ffi::AnyBuffer> buffer =
-          i < rest.size() ? rest.get<ffi::AnyBuffer>(i)
-                          : ffi::Unexpected(InvalidArgument(op_, "missing"));
-      if (!buffer.has_value()) return Fail(std::string(name) + " is missing");
-      visit(name, buffer.value());
-    }
-    if (i != rest.size()) Fail("there are more arguments than names in `operands`");
-  }
-
-  // Whether a list of names separated by commas has one.
-  static bool HasName(std::string_view names, std::string_view wanted) {
-    while (!names.empty()) {
-      if (NextName(names) == wanted) return true;
-    }
-    return false;
-  }
-
-  // Takes the first of a list of names separated by commas.
-  static std::string_view NextName(std::string_view& names) {
-    const size_t comma = names.find(',');
-    const std::string_view name = names.substr(0, comma);
-    names = comma == std::string_view::npos ? std::string_view() : names.substr(comma + 1);
-    return name;
   }
 
  private:
   std::string_view op_;
   BatchShape& batch_;
-  std::string error_;
 };
 
 }  // namespace jax_attn

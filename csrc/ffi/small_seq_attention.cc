@@ -28,10 +28,10 @@ class Reader : OperandReader {
                          ffi::AnyBuffer value, ffi::RemainingArgs rest, ffi::AnyBuffer out,
                          ffi::AnyBuffer lse, SmallSeqAttentionParams& params) {
     ReadProblem(platform, "out", out, query, key, value, rest);
-    if (error().empty()) ExpectRows("out", out.dimensions(), true);
-    if (error().empty()) ExpectRows("lse", lse.dimensions(), false);
+    if (!failed()) ExpectRows("out", out.dimensions(), true);
+    if (!failed()) ExpectRows("lse", lse.dimensions(), false);
     ExpectType("lse", lse, ffi::DataType::F32);
-    if (!error().empty()) return ToError();
+    if (failed()) return ToError();
     ReadRest(rest, [&](std::string_view, ffi::AnyBuffer) { return false; });
     params.out = out.untyped_data();
     params.lse = static_cast<float*>(lse.untyped_data());
@@ -43,7 +43,7 @@ class Reader : OperandReader {
                           ffi::AnyBuffer dkey, ffi::AnyBuffer dvalue, ffi::RemainingRets more,
                           SmallSeqBackwardParams& params) {
     ReadProblem(platform, "dquery", dquery, query, key, value, rest);
-    if (!error().empty()) return ToError();
+    if (failed()) return ToError();
     ReadRest(rest, [&](std::string_view name, ffi::AnyBuffer buffer) {
       if (name == "lse") {
         params.lse = ReadRowValues(name, buffer);
@@ -66,7 +66,7 @@ class Reader : OperandReader {
       Fail("there are " + std::to_string(3 + more.size()) + " results, expected " +
            (has_bias ? "4 with a bias" : "3 without a bias"));
     }
-    if (error().empty() && has_bias) {
+    if (!failed() && has_bias) {
       ffi::ErrorOr<ffi::Result<ffi::AnyBuffer>> found = more.get<ffi::AnyBuffer>(0);
       if (!found.has_value()) return found.error();
       ffi::AnyBuffer dbias = **found;
@@ -118,8 +118,7 @@ class Reader : OperandReader {
     const int64_t num_batch = outer_dims() + token_dims() - 1;
     Expect(name, buffer.dimensions(), AreDims(buffer.dimensions(), num_batch, {tokens, heads, dim}),
            "that of " + std::string(name.substr(1)) + " with all batch dimensions");
-    if (FloatingType(name, buffer) != p_.dtype)
-      Fail(std::string(name) + " and query differ in type");
+    if (TypeOf(name, buffer) != p_.dtype) Fail(std::string(name) + " and query differ in type");
   }
 
   void ReadProblem(std::string_view platform, std::string_view result_name, ffi::AnyBuffer result,
@@ -137,15 +136,15 @@ class Reader : OperandReader {
     });
     ReadShapes(result_name, result.dimensions(), query.dimensions(), key.dimensions(),
                value.dimensions(), num_sequences);
-    if (!error().empty()) return;
-    p_.dtype = FloatingType("query", query);
+    if (failed()) return;
+    p_.dtype = TypeOf("query", query);
     for (const auto& [name, buffer] : {std::pair{"key", key}, std::pair{"value", value},
                                        std::pair{result_name.data(), result}}) {
       if (buffer.element_type() != query.element_type()) {
         Fail(std::string(name) + " and query differ in type");
       }
     }
-    if (!error().empty()) return;
+    if (failed()) return;
     const std::string refusal =
         Refusal(kOp, platform, p_.dtype, p_.dtype, p_.head_dim, p_.v_head_dim, p_.batch.num_dims,
                 p_.max_q_len, p_.max_kv_len);
@@ -159,10 +158,10 @@ class Reader : OperandReader {
     p_.scale = attrs_.scale;
     p_.causal = static_cast<Causal>(attrs_.causal);
     p_.logits_soft_cap = attrs_.logits_soft_cap;
-    ExpectInRange("causal", attrs_.causal, 0, 2);
+    ExpectRange("causal", attrs_.causal, 0, 2);
     constexpr int64_t kMax = int64_t{1} << 30;
-    ExpectInRange("max_q_len", attrs_.max_q_len, packed_ ? 1 : 0, packed_ ? kMax : 0);
-    ExpectInRange("max_kv_len", attrs_.max_kv_len, packed_ ? 1 : 0, packed_ ? kMax : 0);
+    ExpectRange("max_q_len", attrs_.max_q_len, packed_ ? 1 : 0, packed_ ? kMax : 0);
+    ExpectRange("max_kv_len", attrs_.max_kv_len, packed_ ? 1 : 0, packed_ ? kMax : 0);
   }
 
   void ReadShapes(std::string_view result_name, Dimensions result, Dimensions query, Dimensions key,
@@ -177,7 +176,7 @@ class Reader : OperandReader {
     const int64_t rank = result.size();
     Expect(result_name, result, rank >= core && rank - core + 1 <= kMaxBatchDims,
            tokens + "heads, head_dim] with all batch dimensions");
-    if (!error().empty()) return;
+    if (failed()) return;
     SetBatch(result, rank - core + (packed_ ? 0 : 1));
     if (packed_) {
       p_.batch.sizes[p_.batch.num_dims++] = num_sequences;
@@ -205,8 +204,7 @@ class Reader : OperandReader {
     Expect(name, dims, agrees,
            "[..., " + std::to_string(tokens) + ", " + std::to_string(heads) + ", " +
                std::to_string(dim) + "]");
-    if (FloatingType(name, buffer) != p_.dtype)
-      Fail(std::string(name) + " and query differ in type");
+    if (TypeOf(name, buffer) != p_.dtype) Fail(std::string(name) + " and query differ in type");
     return {buffer.untyped_data(), ReadBatch(name, dims, 3, !packed_)};
   }
 

@@ -24,10 +24,10 @@ class Reader : OperandReader {
                   ffi::AnyBuffer lse) {
     ReadOptions();
     ReadResults(out, lse);
-    if (!error().empty()) return ToError();
+    if (failed()) return ToError();
     ReadQuery(query);
     ReadContext(key, value);
-    if (!error().empty()) return ToError();
+    if (failed()) return ToError();
     const std::string refusal =
         Refusal(kOp, platform, p_.query_dtype, p_.key.dtype, p_.head_dim, p_.v_head_dim,
                 p_.batch.num_dims, 0, 0, HasName(attrs_.operands, "query_offset"));
@@ -37,12 +37,12 @@ class Reader : OperandReader {
       if (name == "page_table") ReadPageTable(buffer);
     });
     if (paged() && p_.page_table.data == nullptr) Fail("page_table is missing");
-    if (!error().empty()) return ToError();
+    if (failed()) return ToError();
     ForEachOperand(attrs_.operands, rest, [&](std::string_view name, ffi::AnyBuffer buffer) {
       ReadOptional(name, buffer);
     });
     if (has_layers_ && p_.layer.data == nullptr) Fail("layer is missing");
-    if (!error().empty()) return ToError();
+    if (failed()) return ToError();
     return ffi::Error::Success();
   }
 
@@ -58,13 +58,13 @@ class Reader : OperandReader {
     p_.lse_includes_sinks = attrs_.lse_includes_sinks;
     p_.causal = static_cast<Causal>(attrs_.causal);
     constexpr int64_t kMax = int64_t{1} << 40;  // leaves room for sums of such numbers
-    ExpectInRange("causal", attrs_.causal, 0, 2);
-    ExpectInRange("sliding_window", attrs_.sliding_window, 0, kMax);
-    ExpectInRange("num_splits", attrs_.num_splits, 0, kMax);
-    ExpectInRange("split_size", attrs_.split_size, 0, kMax);
-    ExpectInRange("page_layout", attrs_.page_layout, 0, 2);
-    ExpectInRange("k_scale_rank", attrs_.k_scale_rank, 0, 4);
-    ExpectInRange("v_scale_rank", attrs_.v_scale_rank, 0, 4);
+    ExpectRange("causal", attrs_.causal, 0, 2);
+    ExpectRange("sliding_window", attrs_.sliding_window, 0, kMax);
+    ExpectRange("num_splits", attrs_.num_splits, 0, kMax);
+    ExpectRange("split_size", attrs_.split_size, 0, kMax);
+    ExpectRange("page_layout", attrs_.page_layout, 0, 2);
+    ExpectRange("k_scale_rank", attrs_.k_scale_rank, 0, 4);
+    ExpectRange("v_scale_rank", attrs_.v_scale_rank, 0, 4);
   }
 
   // The results have all batch dimensions, so they say what the operands broadcast to.
@@ -82,7 +82,7 @@ class Reader : OperandReader {
     for (int64_t d = 0; agrees && d < rank - 1; ++d) agrees = lse.dimensions()[d] == dims[d];
     Expect("lse", lse.dimensions(), agrees, "that of out without v_head_dim");
     ExpectType("lse", lse, ffi::DataType::F32);
-    p_.query_dtype = FloatingType("out", out);
+    p_.query_dtype = TypeOf("out", out);
     p_.out = out.untyped_data();
     p_.lse = reinterpret_cast<float*>(lse.untyped_data());
   }
@@ -95,7 +95,7 @@ class Reader : OperandReader {
     Expect("query", dims, dims[rank - 3] == p_.query_len && dims[rank - 2] == p_.num_q_heads,
            "query_len and num_q_heads of out");
     p_.query_batch = ReadBatch("query", dims, 3, true);
-    if (FloatingType("query", query) != p_.query_dtype) Fail("query and out differ in type");
+    if (TypeOf("query", query) != p_.query_dtype) Fail("query and out differ in type");
     p_.query = query.untyped_data();
   }
 
@@ -146,13 +146,13 @@ class Reader : OperandReader {
       agrees = v_dims[v_rank - d] == dims[rank - d];
     Expect("value", v_dims, agrees, "that of key, with v_head_dim of out");
     Expect("key", dims, dims[rank - 1] == p_.head_dim, "head_dim of query");
-    if (!error().empty()) return;
+    if (failed()) return;
     p_.key.batch = ReadBatch("key", dims, core_rank, !paged());
     p_.value.batch = ReadBatch("value", v_dims, core_rank, !paged());
     SetStrides(p_.key, p_.head_dim);
     SetStrides(p_.value, p_.v_head_dim);
-    p_.key.dtype = FloatingType("key", key);
-    p_.value.dtype = FloatingType("value", value);
+    p_.key.dtype = TypeOf("key", key);
+    p_.value.dtype = TypeOf("value", value);
     if (p_.key.dtype != p_.value.dtype) Fail("key and value differ in type");
     p_.key.data = key.untyped_data();
     p_.value.data = value.untyped_data();
@@ -233,7 +233,7 @@ class Reader : OperandReader {
       agrees = false;
     }
     Expect(name, dims, agrees, "a scalar, [num_kv_heads], or that of key without head_dim");
-    if (!error().empty()) return;
+    if (failed()) return;
     scale.batch = ReadBatch(name, dims, has_batch ? rank - 1 : rank, has_batch);
     scale.data = reinterpret_cast<const float*>(buffer.untyped_data());
   }
