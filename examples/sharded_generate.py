@@ -212,6 +212,7 @@ def start_processes(arguments: Sequence[str], count: int) -> int:
     finally:
         for process in running:
             process.kill()
+            process.wait()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@
 
 import concurrent.futures
 import functools
+import pathlib
 import subprocess
 import sys
 import time
@@ -28,8 +29,17 @@ TIMEOUT = 120  # of a process that should be done in a fraction of it
     "cpu" not in jax_attn.platforms(), reason="this build of jax_attn has no kernels for the CPU"
 )
 def test_concurrent_calls():
+    # The number of devices must be known before anything asks for them, as imports below do.
+    program = (
+        f"import jax; jax.config.update('jax_num_cpu_devices', {DEVICES}); "
+        "import threading_test; threading_test.main()"
+    )
     done = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True, timeout=TIMEOUT
+        [sys.executable, "-c", program],
+        cwd=pathlib.Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "rounds" in done.stdout
@@ -105,7 +115,6 @@ def callers(problem, devices):
 
 
 def main():
-    jax.config.update("jax_num_cpu_devices", DEVICES)
     devices = jax.devices()
     assert len(devices) == DEVICES
     work = []
@@ -134,7 +143,3 @@ def main():
 
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         print(sum(pool.map(repeat, range(THREADS))), "rounds")
-
-
-if __name__ == "__main__":
-    main()
