@@ -173,7 +173,9 @@ def copiers(device: Device, num_bytes: int, num_sets: int) -> dict[str, Runner]:
     if importlib.util.find_spec("torch"):
         import torch
 
-        tensors = [tuple(map(torch.from_numpy, pair)) for pair in pairs]
+        tensors = [
+            (torch.from_numpy(to), torch.from_dlpack(x)) for to, x in zip(copies, sets, strict=True)
+        ]
         found["torch.copy_"] = Runner([lambda p=p: p[0].copy_(p[1]) for p in tensors], _ready)
     return found
 
