@@ -11,3 +11,14 @@ from typing import Literal
 
 Implementation = Literal["native", "xla"]
 IMPLEMENTATIONS: tuple[Implementation | None, ...] = ("native", "xla", None)
+
+
+def refuse_fallback(
+    op: str, implementation: Implementation | None, platform: str, reason: str
+) -> None:
+    """Raises if the compiled kernel of `op` was asked for, which is not used for `reason`."""
+    if implementation == "native":
+        raise NotImplementedError(
+            f'{op}: implementation="native" cannot be used on {platform}: {reason}. '
+            "Use implementation=None to fall back to jax.numpy."
+        )

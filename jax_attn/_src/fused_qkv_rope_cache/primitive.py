@@ -17,6 +17,7 @@ from jax_attn._src import primitives, registration, sharding
 from jax_attn._src.description import Description
 from jax_attn._src.fused_qkv_rope_cache import reference
 from jax_attn._src.fused_qkv_rope_cache.problem import OPERAND_NAMES, Operands, Options
+from jax_attn._src.implementation import refuse_fallback
 
 NAME = "fused_qkv_rope_cache"
 TARGET = "jax_attn_fused_qkv_rope_cache"
@@ -278,11 +279,7 @@ def _size(aval: Any) -> int:
 
 
 def _refuse_fallback(options: Options, platform: str, reason: str) -> None:
-    if options.implementation == "native":
-        raise NotImplementedError(
-            f'{NAME}: implementation="native" cannot be used on {platform}: {reason}. '
-            "Use implementation=None to fall back to jax.numpy."
-        )
+    refuse_fallback(NAME, options.implementation, platform, reason)
 
 
 operation = primitives.Operation(

@@ -12,6 +12,7 @@ import numpy as np
 
 from jax_attn._src import primitives, registration, sharding
 from jax_attn._src.description import Description
+from jax_attn._src.implementation import refuse_fallback
 from jax_attn._src.small_seq_attention import reference
 from jax_attn._src.small_seq_attention.problem import (
     GRADIENT_OPERAND_NAMES,
@@ -315,11 +316,7 @@ def describe(
 
 
 def _refuse_fallback(options: Options, platform: str, reason: str) -> None:
-    if options.implementation == "native":
-        raise NotImplementedError(
-            f'{NAME}: implementation="native" cannot be used on {platform}: {reason}. '
-            "Use implementation=None to fall back to jax.numpy."
-        )
+    refuse_fallback(NAME, options.implementation, platform, reason)
 
 
 operation = primitives.Operation(

@@ -13,6 +13,7 @@ import numpy as np
 
 from jax_attn._src import primitives, registration
 from jax_attn._src.description import Description
+from jax_attn._src.implementation import refuse_fallback
 from jax_attn._src.split_kv_attention import backward, declaration, reference, shards
 from jax_attn._src.split_kv_attention.problem import (
     OPERAND_NAMES,
@@ -243,12 +244,7 @@ def _public_name(options: Options) -> str:
 
 
 def _refuse_fallback(options: Options, platform: str, reason: str) -> None:
-    if options.implementation == "native":
-        raise NotImplementedError(
-            f'{_public_name(options)}: implementation="native" cannot be used on {platform}: '
-            f"{reason}. "
-            "Use implementation=None to fall back to jax.numpy."
-        )
+    refuse_fallback(_public_name(options), options.implementation, platform, reason)
 
 
 operation = primitives.Operation(
