@@ -52,18 +52,13 @@ def _varying_axes(aval: Aval) -> frozenset[str]:
     return manual.varying if manual is not None else getattr(aval, "vma", frozenset())
 
 
-def under_vmap(
-    reference: Callable[..., Sequence[jax.Array]], rank: Callable[[str, Any], int]
+def _under_vmap(
+    reference: Callable[..., Sequence[jax.Array]],
 ) -> Callable[..., Sequence[jax.Array]]:
-    """Returns `reference` for operands with the dimensions of vmap in front, which broadcast.
-
-    Args:
-      reference: `(operands by name, options)` to results, for operands without such dimensions.
-      rank: `(operand name, options)` to its dimensions without those of vmap.
-    """
+    """Returns `reference` for operands with the dimensions of vmap in front, which broadcast."""
 
     def mapped_reference(operands: Arrays, options: Any) -> Sequence[jax.Array]:
-        extra = {name: x.ndim - rank(name, options) for name, x in operands.items()}
+        extra = {name: x.ndim - options.rank(name) for name, x in operands.items()}
         depth = max(extra.values())
         if depth == 0:
             return reference(operands, options)
@@ -81,11 +76,9 @@ def under_vmap(
     return mapped_reference
 
 
-def batch_shape(
-    avals: Mapping[str, Aval], rank: Callable[[str, Any], int], options: Any
-) -> tuple[int, ...]:
+def batch_shape(avals: Mapping[str, Aval], options: Any) -> tuple[int, ...]:
     """Returns what the dimensions of vmap in front of the operands broadcast to."""
-    return np.broadcast_shapes(*[a.shape[: a.ndim - rank(n, options)] for n, a in avals.items()])
+    return np.broadcast_shapes(*[a.shape[: a.ndim - options.rank(n)] for n, a in avals.items()])
 
 
 def shard_like(primal: jax.Array, gradient: jax.Array) -> jax.Array:
@@ -115,7 +108,7 @@ class Operation:
     of an operand that all have; that is `on_shards`.
 
     Both take operands in order and the static parameters `names`, the operands' names, and
-    `options`.
+    `options`, whose `rank(name)` is the dimensions of an operand without those of vmap.
     """
 
     def __init__(
@@ -126,7 +119,6 @@ class Operation:
         results: Callable[..., Sequence[Aval]],
         reference: Callable[..., Sequence[jax.Array]],
         call: Callable[..., sharding.Call],
-        rank: Callable[[str, Any], int],
         kernels: Mapping[str, Callable[..., Any]],
         refuse_fallback: Callable[[Any, str, str], None],
         aliases: Callable[[Any], Mapping[str, int]] = lambda options: {},
@@ -138,9 +130,8 @@ class Operation:
           name: Name of the operation.
           operands: Names of all its operands, in the order that its kernels take them.
           results: `(operand avals by name, options)` to result avals.
-          reference: `(operands by name, options)` to results, for any number of vmap dimensions.
+          reference: `(operands by name, options)` to results, without the dimensions of vmap.
           call: `(operand shapes by name, result shapes, options)` to the sharding declaration.
-          rank: `(operand name, options)` to its dimensions without those of vmap.
           kernels: For each platform, `(operand avals by name, result avals, options)` to either
             `(target, extra results, attributes)` or a string, the reason for refusal.
           refuse_fallback: `(options, platform, reason)` raises if the reference is not wanted.
@@ -152,8 +143,7 @@ class Operation:
         """
         self.name = name
         self._operands = tuple(operands)
-        self._reference = reference
-        self._rank = rank
+        self._reference = _under_vmap(reference)
         self._call = call
         self._kernels = kernels
         self._refuse_fallback = refuse_fallback
@@ -216,18 +206,18 @@ class Operation:
         batch: that would move data if the batch is sharded.
         """
         depth = max(
-            np.ndim(arg) - (dim is not None) - self._rank(name, options)
+            np.ndim(arg) - (dim is not None) - options.rank(name)
             for name, arg, dim in zip(names, args, dims, strict=True)
         )
         mapped = []
         for name, arg, dim in zip(names, args, dims, strict=True):
             if dim is not None:
                 arg = jax.numpy.moveaxis(arg, dim, 0)
-                missing = depth + 1 + self._rank(name, options) - np.ndim(arg)
+                missing = depth + 1 + options.rank(name) - np.ndim(arg)
                 arg = lax.expand_dims(arg, range(1, 1 + missing))
             mapped.append(arg)
         extra = [
-            np.shape(arg)[: np.ndim(arg) - self._rank(name, options)]
+            np.shape(arg)[: np.ndim(arg) - options.rank(name)]
             for name, arg in zip(names, mapped, strict=True)
         ]
         batch = np.broadcast_shapes(*extra)

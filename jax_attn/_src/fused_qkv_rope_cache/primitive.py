@@ -112,10 +112,6 @@ def _gradients(
 _compute.defvjp(_forward, _backward)
 
 
-def _rank(name: str, options: Options) -> int:
-    return options.rank(name)
-
-
 def _reference(operands: Mapping[str, jax.Array], options: Options) -> Sequence[jax.Array]:
     results = reference.reference(Operands(**operands), options)
     return [results[name] for name in options.result_names]
@@ -123,7 +119,7 @@ def _reference(operands: Mapping[str, jax.Array], options: Options) -> Sequence[
 
 def _results(avals: Mapping[str, Any], options: Options) -> Sequence[Any]:
     qkv, k_pages = avals["qkv"], avals["k_pages"]
-    batch = primitives.batch_shape(avals, _rank, options)
+    batch = primitives.batch_shape(avals, options)
     tokens, n, h = qkv.shape[-2], options.num_q_heads, k_pages.shape[-1]
     k = k_pages.shape[-2 if options.page_layout == "NHD" else -3]
     shapes = {
@@ -286,9 +282,8 @@ operation = primitives.Operation(
     NAME,
     operands=OPERAND_NAMES,
     results=_results,
-    reference=primitives.under_vmap(_reference, _rank),
+    reference=_reference,
     call=_call,
-    rank=_rank,
     kernels={"cpu": _cpu_kernel},
     refuse_fallback=_refuse_fallback,
     aliases=_aliases,

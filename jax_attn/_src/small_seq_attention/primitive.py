@@ -198,10 +198,6 @@ def _gradient_reference(operands: Mapping[str, jax.Array], options: Options) -> 
     return tuple(found[name] for name in _gradient_names(operands))
 
 
-def _rank(name: str, options: Options) -> int:
-    return options.rank(name)
-
-
 # ---- Sharding
 
 
@@ -323,9 +319,8 @@ operation = primitives.Operation(
     NAME,
     operands=OPERAND_NAMES,
     results=_results,
-    reference=primitives.under_vmap(_reference, _rank),
+    reference=_reference,
     call=_call,
-    rank=_rank,
     kernels={"cpu": _cpu_kernel},
     refuse_fallback=_refuse_fallback,
 )
@@ -334,9 +329,8 @@ gradient_operation = primitives.Operation(
     GRADIENT_NAME,
     operands=GRADIENT_OPERAND_NAMES,
     results=_gradient_results,
-    reference=primitives.under_vmap(_gradient_reference, _rank),
+    reference=_gradient_reference,
     call=_gradient_call,
-    rank=_rank,
     kernels={"cpu": _cpu_kernel},
     refuse_fallback=_refuse_fallback,
 )

@@ -78,14 +78,10 @@ def _attend_backward(options: Options, residuals: Any, cotangents: Any) -> Any:
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _rank(name: str, options: Options | GradientOptions) -> int:
-    return options.rank(name)
-
-
 def _results(avals: Mapping[str, Any], options: Options) -> Sequence[Any]:
     query = avals["query"]
     b, t, n, _ = query.shape[-4:]
-    rows = (*primitives.batch_shape(avals, _rank, options), b, t, n)
+    rows = (*primitives.batch_shape(avals, options), b, t, n)
     return (
         primitives.result_like(query, (*rows, avals["value"].shape[-1]), query.dtype),
         primitives.result_like(query, rows, jnp.float32),
@@ -93,7 +89,7 @@ def _results(avals: Mapping[str, Any], options: Options) -> Sequence[Any]:
 
 
 def _gradient_results(avals: Mapping[str, Any], options: GradientOptions) -> Sequence[Any]:
-    batch = primitives.batch_shape(avals, _rank, options)
+    batch = primitives.batch_shape(avals, options)
     wanted = [(avals[name], options.rank(name)) for name in options.wanted]
     return [
         primitives.result_like(avals["query"], (*batch, *a.shape[a.ndim - rank :]), a.dtype)
@@ -251,9 +247,8 @@ operation = primitives.Operation(
     NAME,
     operands=OPERAND_NAMES,
     results=_results,
-    reference=primitives.under_vmap(_reference, _rank),
+    reference=_reference,
     call=declaration.call,
-    rank=_rank,
     kernels={p: functools.partial(_kernel, p) for p in _VENDOR},
     refuse_fallback=_refuse_fallback,
     on_shards=shards.attend,
@@ -263,9 +258,8 @@ gradient = primitives.Operation(
     f"{NAME}_gradient",
     operands=(*OPERAND_NAMES, *_RESULTS),
     results=_gradient_results,
-    reference=primitives.under_vmap(_gradient_reference, _rank),
+    reference=_gradient_reference,
     call=declaration.gradient_call,
-    rank=_rank,
     kernels={},
     refuse_fallback=lambda *_: None,
     on_shards=shards.gradients,
