@@ -319,7 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             1e6 * run.best_chunk_seconds / (CHUNK * len(prompts)) for run in (ours, without)
         )
         print(
-            f"fused_qkv_rope_cache saves {unfused - fused:.0f} us per token: "
+            f"fused_qkv_rope_cache saves {round(unfused - fused)} us per token: "
             f"{fused:.0f} us with it and {unfused:.0f} us without"
         )
     problem = first_disagreement(ours, reference, TIE[args.dtype])
