@@ -110,3 +110,16 @@ def test_small_sequences(run, tmp_path, packed):
     assert {row["bytes"] for row in timed} == {2 * 8 * 4 * 64 * n for n in (2 + 8, 5 + 24)}
     names = [case.name for case in small_seq.CASES]
     assert len(names) == len(set(names))
+
+
+def test_sharded_attention(run, tmp_path):
+    import sharded
+
+    path = tmp_path / "report.json"
+    assert sharded.main(["--quick", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["results"]
+    assert [(row["devices"], row["arrangement"]) for row in rows] == [
+        (1, "heads"),
+        *[(2, name) for name in ("heads", "contexts", "not merged")],
+    ]
+    assert all(row["median_us"] > 0 for row in rows)

@@ -16,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_attn
+from jax_attn._src import fused_qkv_rope_cache, small_seq_attention
 from jax_attn._src.split_kv_attention import declaration, primitive
 from jax_attn._src.split_kv_attention.problem import Options
 
@@ -436,28 +437,37 @@ def test_axis_names_that_are_no_axes(function):
 # The docs
 
 
-def table_of_dimensions():
-    """What docs/sharding.md says of each dimension, from the declarations."""
-    lines = ["| operation | dimension | of | if it is sharded |", "|---|---|---|---|"]
+def documented_specs():
+    """The declaration of each operation with all operands, and those that are not public."""
     for op, layout in (("split_kv_attention", None), ("paged_attention", "NHD")):
         options = Options(scale=1.0, page_layout=layout, has_layers=layout is not None)
         shape = (1, 1, 1, 2, 1) if layout else (1, 1, 2, 1)
-        spec = declaration.spec({"key": shape}, options)
+        absent = () if layout else ("page_table", "layer")
+        yield op, declaration.spec({"key": shape}, options), ("query_offset", *absent)
+    fused = fused_qkv_rope_cache.problem.Options(2, page_layout="NHD", has_layers=True)
+    yield "fused_qkv_rope_cache", fused_qkv_rope_cache.primitive.spec(fused), ()
+    for packed in (False, True):
+        options = small_seq_attention.problem.Options(1.0, max_q_len=1 if packed else None)
+        absent = [f"{x}_{'lengths' if packed else 'cu_seqlens'}" for x in ("query", "kv")]
+        op = f"small_seq_attention{', packed' if packed else ''}"
+        yield op, small_seq_attention.primitive.spec(2, options), absent
+
+
+def table_of_dimensions():
+    """What docs/sharding.md says of dimensions that stay sharded, from the declarations."""
+    lines = ["| operation | dimension | of | what crosses devices |", "|---|---|---|---|"]
+    for op, spec, hidden in documented_specs():
         of = {}
         for array, dims in spec.arrays.items():
-            # Scales are addressed like what they scale.
-            internal = array.startswith("d_") or array in ("query_offset", "k_scale", "v_scale")
-            if internal or (layout is None and array in ("page_table", "layer")):
+            # Scales are addressed like what they scale, gradients like what they are of.
+            if array in (*hidden, "k_scale", "v_scale") or array.startswith("d"):
                 continue
             for name in dims.replace("(", " ").replace(")", " ").split():
                 of.setdefault(name, []).append(f"`{array}`")
         for name, arrays in of.items():
-            kind = "gathered first"
-            if name in spec.shardable:
-                kind = "stays: nothing crosses devices"
-            elif name in spec.merged:
-                kind = "stays: results are merged"
-            lines.append(f"| `{op}` | `{name}` | {', '.join(arrays)} | {kind} |")
+            if name in spec.shardable + spec.merged:
+                crosses = "nothing" if name in spec.shardable else "results, to be merged"
+                lines.append(f"| `{op}` | `{name}` | {', '.join(arrays)} | {crosses} |")
     return "\n".join(lines) + "\n"
 
 

@@ -4,6 +4,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -83,6 +84,13 @@ def run(function, x, **options):
     return compiled(x), re.findall(COLLECTIVES, text), text
 
 
+def moved_sizes(text):
+    """Elements of each array that a collective of a program returns."""
+    lines = [line for line in text.splitlines() if re.search(COLLECTIVES, line)]
+    shapes = re.findall(r"\w\[([\d,]*)\]", " ".join(re.split(COLLECTIVES, x)[0] for x in lines))
+    return [math.prod(int(size) for size in shape.split(",") if size) for shape in shapes]
+
+
 def assert_trees_close(actual, expected):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), actual, expected
@@ -114,6 +122,55 @@ def test_sharded_heads_need_no_collective(kind, layout, gate):
         assert got["cache"][0].sharding.is_equivalent_to(pages, 5)
         backward, _, _ = run(jax.grad(functools.partial(loss, call)), placed)
         assert_trees_close(backward, expected_gradient)
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+@pytest.mark.parametrize(
+    ("layout", "scope", "kv_heads"),
+    [("NHD", "head", 4), ("HND", "all_heads", 4), ("NHD", "head", 1)],
+)
+def test_sharded_pages_stay_where_they_are(kind, layout, scope, kv_heads):
+    x, call = operands(kv_heads, layout, scope)
+    for name in ("k_pages", "v_pages", "v_scale"):
+        x[name] = jnp.concatenate([x[name]] * 16, axis=1)
+    expected = jax.jit(call)(x)
+    expected_gradient = jax.jit(jax.grad(functools.partial(loss, call)))(x)
+    mesh = mesh_of(kind)
+    pages = by_heads(layout, "y" if scope == "head" and kv_heads > 1 else None)
+    for name in ("k_pages", "v_pages", "v_scale"):
+        pages[name] = P(None, "x", *pages[name][2:])
+    placed = place(x, mesh, pages)
+    with jax.set_mesh(mesh):
+        got, collectives, text = run(call, placed)
+        assert collectives == []
+        assert text.count(f'custom_call_target="{TARGET}"') == NATIVE
+        assert_trees_close(got, expected)
+        expected_sharding = NamedSharding(mesh, pages["k_pages"])
+        assert got["cache"][0].sharding.is_equivalent_to(expected_sharding, 5)
+        backward, _, text = run(jax.grad(functools.partial(loss, call)), placed)
+        # Tokens cross devices, pages do not: a shard of them is larger than all of qkv.
+        assert max(moved_sizes(text)) <= x["qkv"].size
+        assert_trees_close(backward, expected_gradient)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_dynamic_scales_of_sharded_pages(dtype):
+    x, _ = operands()
+    pages = jnp.zeros((6, 4, 4, HEAD_DIM), dtype)
+    cache = jax_attn.PagedKVCache(pages, pages, *[jnp.ones(pages.shape[:-1])] * 2)
+
+    def call(qkv, cache):
+        return jax_attn.fused_qkv_rope_cache(
+            qkv, cache, jnp.asarray(SLOTS), num_q_heads=HEADS, gate="blocked", dynamic_scales=True
+        ).cache
+
+    expected = jax.jit(call)(x["qkv"], cache)
+    mesh = mesh_of("auto")
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(cache, NamedSharding(mesh, P(("x",))))
+        got = jax.jit(call)(x["qkv"], placed)
+        assert got.k_scale.sharding.spec[0] == "x"
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
 @pytest.mark.skipif(not NATIVE, reason="in place by the kernel")

@@ -3,7 +3,7 @@
 """Builds JAX primitives. The one file that uses JAX interfaces without a promise of stability."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -122,6 +122,7 @@ class Operation:
         kernels: Mapping[str, Callable[..., Any]],
         refuse_fallback: Callable[[Any, str, str], None],
         aliases: Callable[[Any], Mapping[str, int]] = lambda options: {},
+        only_for_aliases: Collection[str] = (),
         on_shards: Callable[..., Sequence[jax.Array]] = lambda bind, x, *_: bind(x),
     ):
         """Registers the primitives.
@@ -137,6 +138,7 @@ class Operation:
           refuse_fallback: `(options, platform, reason)` raises if the reference is not wanted.
           aliases: `(options)` to the operands that are updated in place, with the index of the
             result that each becomes. They have all dimensions of vmap.
+          only_for_aliases: Operands that no result depends on but those updated in place.
           on_shards: `(bind, shards of operands by name, options, call, plan)` to the shards of the
             results, where manual mesh axes are those of `plan`. `bind` applies the operation to
             operands, with these or other options.
@@ -150,6 +152,7 @@ class Operation:
         self._on_shards = on_shards
         self._results = results
         self._aliases = aliases
+        self._only_for_aliases = frozenset(only_for_aliases)
 
         self._outer = self._make_primitive(name)
         self._inner = self._make_primitive(f"{name}_local")
@@ -332,7 +335,9 @@ class Operation:
 
         def local(shards: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
             def bind(x: Arrays, own_options: Any = options) -> Any:
-                return self.bind(varying_alike(x), own_options)
+                # What does not depend on a sharded cache is the same on all devices.
+                others = {n: a for n, a in x.items() if n not in self._only_for_aliases}
+                return self.bind(varying_alike(x) | varying_alike(others), own_options)
 
             return tuple(self._on_shards(bind, shards, options, call, plan))
 

@@ -151,39 +151,44 @@ def _on_shards(
     call: sharding.Call,
     plan: Mapping[str, sharding.Axes],
 ) -> Sequence[jax.Array]:
-    """Takes the columns of the heads of a device out of qkv."""
+    """Takes the columns of the heads of a device out of qkv, and the slots of its pages."""
     del call
     operands = dict(shards)
-    sharded = "kv_head" if sharding.num_shards(plan, "kv_head") > 1 else "group"
-    count = sharding.num_shards(plan, sharded)
+    if "page" in plan:
+        operands["slot_mapping"] = _own_slots(operands, options, plan["page"])
+    count = sharding.num_shards(plan, "kv_head")
     if count == 1:
         return bind(operands)
-    h = operands["k_pages"].shape[-1]
-    # Pages are shards already; heads of the only kv head are on all devices.
-    k = operands["k_pages"].shape[-2 if options.page_layout == "NHD" else -3]
-    n, index = options.num_q_heads // count, lax.axis_index(plan[sharded])
+    k_pages, v_pages = operands["k_pages"], operands["v_pages"]  # shards already
+    h = k_pages.shape[-1]
+    k = k_pages.shape[-2 if options.page_layout == "NHD" else -3]
+    n, index = options.num_q_heads // count, lax.axis_index(plan["kv_head"])
     query_sizes = {None: [h], "interleaved": [2 * h], "blocked": [h, h]}[options.gate]
     columns, begin = [], 0
-    for heads, size, shards_of_it in (
-        *((n, size, count) for size in query_sizes),
-        *((k, a.shape[-1], count if sharded == "kv_head" else 1) for a in _pages(operands)),
-    ):
-        own = begin + (index * (heads * size) if shards_of_it > 1 else 0)
-        columns.append(lax.dynamic_slice_in_dim(operands["qkv"], own, heads * size, axis=-1))
-        begin += heads * size * shards_of_it
+    for size in (*(n * size for size in query_sizes), k * h, k * v_pages.shape[-1]):
+        own = begin + index * size
+        columns.append(lax.dynamic_slice_in_dim(operands["qkv"], own, size, axis=-1))
+        begin += size * count
     operands["qkv"] = jnp.concatenate(columns, axis=-1)
     return bind(operands, dataclasses.replace(options, num_q_heads=n))
 
 
-def _pages(operands: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    return operands["k_pages"], operands["v_pages"]
+def _own_slots(
+    operands: Mapping[str, jax.Array], options: Options, axes: sharding.Axes
+) -> jax.Array:
+    """Counts slots from the first page of a device; those on other devices become -1."""
+    k_pages, slots = operands["k_pages"], operands["slot_mapping"]
+    num_pages, page_size = (
+        k_pages.shape[-4],
+        k_pages.shape[-3 if options.page_layout == "NHD" else -2],
+    )
+    # By page, since the first slot of a device may not fit in the dtype of the slots.
+    page = slots // page_size - lax.axis_index(axes) * num_pages
+    return jnp.where((page >= 0) & (page < num_pages), page * page_size + slots % page_size, -1)
 
 
-def _call(
-    shapes: Mapping[str, tuple[int, ...]], results: Sequence[tuple[int, ...]], options: Options
-) -> sharding.Call:
-    heads = options.num_q_heads
-    kv_heads = shapes["k_pages"][-2 if options.page_layout == "NHD" else -3]
+def spec(options: Options) -> sharding.ShardingSpec:
+    """Declares the dimensions of a call."""
     pages = _PAGES[options.page_layout].removeprefix("" if options.has_layers else "layer_index ")
     arrays = dict(_ARRAYS) | {"k_pages": f"{pages} head_dim", "v_pages": f"{pages} v_head_dim"}
     arrays["positions"] = "token" if options.mrope_sections is None else "position_axis token"
@@ -191,16 +196,20 @@ def _call(
         is_per_token = options.rank(name) == len(pages.split())
         per_head = ["layer_index", "kv_head"][2 - options.rank(name) :]
         arrays[name] = pages if is_per_token else " ".join(per_head)
-    # With one kv head its device writes the cache, and any other has some of the query heads.
-    shardable = ("kv_head",) if kv_heads > 1 else ("group",)
-    if options.epsilon is not None and options.norm_scope == "all_heads":
-        shardable = ()
+    normalizes_across = options.epsilon is not None and options.norm_scope == "all_heads"
+    return sharding.ShardingSpec(arrays, ("page",) if normalizes_across else ("page", "kv_head"))
+
+
+def _call(
+    shapes: Mapping[str, tuple[int, ...]], results: Sequence[tuple[int, ...]], options: Options
+) -> sharding.Call:
+    kv_heads = shapes["k_pages"][-2 if options.page_layout == "NHD" else -3]
     return sharding.Call(
-        spec=sharding.ShardingSpec(arrays, shardable),
+        spec=spec(options),
         operands=shapes,
         results=dict(zip(options.result_names, results, strict=True)),
         num_batch_dims=len(results[0]) - 3,
-        sizes={"kv_head": kv_heads, "group": heads // kv_heads},
+        sizes={"kv_head": kv_heads, "group": options.num_q_heads // kv_heads},
     )
 
 
@@ -287,5 +296,6 @@ operation = primitives.Operation(
     kernels={"cpu": _cpu_kernel},
     refuse_fallback=_refuse_fallback,
     aliases=_aliases,
+    only_for_aliases=("k_pages", "v_pages", "slot_mapping", "layer", "k_scale", "v_scale"),
     on_shards=_on_shards,
 )

@@ -225,13 +225,13 @@ def _sharding_call(
     shapes: Mapping[str, tuple[int, ...]],
     results: Mapping[str, tuple[int, ...]],
     options: Options,
-    shardable: tuple[str, ...],
+    spec: sharding.ShardingSpec,
 ) -> sharding.Call:
     kv_heads, heads = shapes["key"][-2], shapes["query"][-2]
     first_name, first = next(iter(results.items()))
     rank = options.rank("query" if first_name in ("out", "dquery") else first_name)
     return sharding.Call(
-        spec=sharding.ShardingSpec(_arrays(options), shardable),
+        spec=spec,
         operands=shapes,
         results=results,
         num_batch_dims=len(first) - rank,
@@ -239,13 +239,18 @@ def _sharding_call(
     )
 
 
+def spec(num_kv_heads: int, options: Options) -> sharding.ShardingSpec:
+    """Declares the dimensions of a call."""
+    # With one kv head any split of the query heads is a problem with one kv head.
+    heads = "kv_head" if num_kv_heads > 1 else "group"
+    return sharding.ShardingSpec(_arrays(options), ("batch", heads))
+
+
 def _call(
     shapes: Mapping[str, tuple[int, ...]], results: Sequence[tuple[int, ...]], options: Options
 ) -> sharding.Call:
-    # With one kv head any split of the query heads is a problem with one kv head.
-    heads = "kv_head" if shapes["key"][-2] > 1 else "group"
     named: dict[str, tuple[int, ...]] = dict(zip(("out", "lse"), results, strict=True))
-    return _sharding_call(shapes, named, options, ("batch", heads))
+    return _sharding_call(shapes, named, options, spec(shapes["key"][-2], options))
 
 
 def _gradient_call(
@@ -254,7 +259,8 @@ def _gradient_call(
     # A kv head's gradient is a sum over all its query heads.
     names = [f"d{name}" for name in _gradient_names(shapes)]
     named = dict(zip(names, results, strict=True))
-    return _sharding_call(shapes, named, options, ("batch", "kv_head"))
+    own = sharding.ShardingSpec(_arrays(options), ("batch", "kv_head"))
+    return _sharding_call(shapes, named, options, own)
 
 
 # ---- Kernels
