@@ -134,6 +134,9 @@ def test_absent_platforms(platform):
         "  moves: 102432 bytes at full length",
         f"  not native: {reason}",
     ]
+    required = functools.partial(dense, implementation="native")
+    with pytest.raises(NotImplementedError, match=f"cannot be used on {platform}: {reason}"):
+        jax_attn.explain(required, platform=platform)(QUERY, KEY)
 
 
 def test_the_default_platform_can_be_named():

@@ -87,7 +87,9 @@ def explain(
       platform: Platform to explain for, such as "cpu" or "cuda"; the default backend if None.
 
     Returns:
-      A function of the arguments of `fn` that returns a list of `CallExplanation`.
+      A function of the arguments of `fn` that returns a list of `CallExplanation`. It raises what
+      the program would on `platform`: NotImplementedError for `implementation="native"` without a
+      kernel.
     """
 
     @functools.wraps(fn)
@@ -134,6 +136,7 @@ def _explain_call(operation: Any, eqn: Any, platform: str, program: str | None) 
         "cache_copies": None if program is None else _copies(program, *described.caches),
     }
     if isinstance(kernel, str):
+        operation.refuse_fallback(options, platform, kernel)
         return CallExplanation(
             implementation="xla",
             variant=None,

@@ -148,7 +148,7 @@ class Operation:
         self._reference = _under_vmap(reference)
         self._call = call
         self._kernels = kernels
-        self._refuse_fallback = refuse_fallback
+        self.refuse_fallback = refuse_fallback
         self._on_shards = on_shards
         self._results = results
         self._aliases = aliases
@@ -272,7 +272,7 @@ class Operation:
         platform = str(ctx.module_context.platforms[0])
         kernel = self.kernel(platform, dict(zip(names, ctx.avals_in, strict=True)), options)
         if isinstance(kernel, str):
-            self._refuse_fallback(options, platform, kernel)
+            self.refuse_fallback(options, platform, kernel)
 
     @functools.cache  # noqa: B019
     def _partitioned(self, names: tuple[str, ...], options: Any) -> Any:
@@ -352,7 +352,7 @@ class Operation:
         platform = platform or str(ctx.module_context.platforms[0])
         kernel = self.kernel(platform, avals, options)
         if isinstance(kernel, str):
-            self._refuse_fallback(options, platform, kernel)
+            self.refuse_fallback(options, platform, kernel)
 
             def fallback(*args: jax.Array) -> Any:
                 results = self._reference(dict(zip(names, args, strict=True)), options)
