@@ -123,3 +123,27 @@ def test_sharded_attention(run, tmp_path):
         *[(2, name) for name in ("heads", "contexts", "not merged")],
     ]
     assert all(row["median_us"] > 0 for row in rows)
+
+
+def test_decoding_step(run, tmp_path):
+    import decode_step
+
+    path = tmp_path / "report.json"
+    assert decode_step.main(["--quick", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["results"]
+    assert [row["implementation"] for row in rows] == ["jax_attn", "XLA"]
+    assert all(0 < row["min_us"] <= row["median_us"] for row in rows)
+    names = [
+        "jax_attn::gpu::FusedQkv",
+        "jax_attn::gpu::Merge",
+        "nvjet_hsh_64x8",
+        "MemcpyD2D",
+        "fusion_3",
+    ]
+    assert [decode_step.kind_of(kernel) for kernel in names] == [
+        "fused QKV",
+        "attention",
+        "matrix products",
+        "copies",
+        "other",
+    ]
