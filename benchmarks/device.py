@@ -72,6 +72,11 @@ class Device:
         return self.platform == "cpu"
 
 
+def copies(inputs: Any, count: int) -> list[Any]:
+    """Returns `inputs` and copies of them in memory of their own, `count` in all."""
+    return [inputs, *(jax.tree.map(jnp.copy, inputs) for _ in range(count - 1))]
+
+
 @dataclasses.dataclass
 class Runner:
     """An implementation that is ready to be timed.

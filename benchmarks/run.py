@@ -134,7 +134,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Checks and times the implementations of a case, and returns a row for each."""
     num_sets = device.num_sets(case.num_bytes, case.allocated_bytes) if case.rotate else 1
-    sets = [operation.make_inputs(case, seed) for seed in range(num_sets)]
+    sets = device_lib.copies(operation.make_inputs(case, 0), num_sets)
     expected = operation.expected(case, sets[0])
     rows: list[dict[str, Any]] = []
     runners: dict[str, device_lib.Runner] = {}

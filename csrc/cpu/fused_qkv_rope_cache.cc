@@ -34,9 +34,10 @@ constexpr int64_t kStreamBytes = int64_t{16} << 20;
 constexpr int64_t kCopyBytes = int64_t{1} << 20;
 
 const FusedQkvKernels* KernelsOf(std::string_view variant) {
-#define JAX_ATTN_TRY(set)                                   \
-  if (variant.empty() ? CanRun(#set) : variant == #set) {   \
-    return CanRun(#set) ? &set::kFusedQkvKernels : nullptr; \
+  if (variant == "amx" && !MayUseTiles()) return nullptr;
+#define JAX_ATTN_TRY(set)                                        \
+  if (variant.empty() ? CanRun(#set) : SetOf(variant) == #set) { \
+    return CanRun(#set) ? &set::kFusedQkvKernels : nullptr;      \
   }
   JAX_ATTN_FOR_EACH_SET(JAX_ATTN_TRY)
 #undef JAX_ATTN_TRY

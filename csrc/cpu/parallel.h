@@ -16,6 +16,18 @@
 
 namespace jax_attn::cpu {
 
+// Lets a thread that waits in a loop rest for some tens of cycles.
+inline void Pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// About 100 us, which is more than most waits for the last iteration, and than waking up takes.
+inline constexpr int kPausesBeforeSleep = 2000;
+
 // Somewhere to run tasks, such as XLA's thread pool.
 class Executor {
  public:
@@ -60,6 +72,7 @@ void ParallelFor(Executor& executor, int64_t num_threads, int64_t n, const Body&
   };
   for (int64_t helper = 1; helper < num_threads; ++helper) executor.Schedule(work);
   work();
+  for (int i = 0; i < kPausesBeforeSleep && loop->done.load() != n; ++i) Pause();
   if (loop->done.load() == n) return;
   std::unique_lock<std::mutex> lock(loop->mutex);
   loop->all_done.wait(lock, [&] { return loop->done.load() == n; });

@@ -32,6 +32,9 @@ inline constexpr bool kManyRegisters = true;
 #elif defined(__AVX2__)
 inline constexpr int kLanes = 8;
 inline constexpr bool kManyRegisters = false;
+#elif defined(JAX_ATTN_EMULATE_TILES)
+inline constexpr int kLanes = 16;  // a row of a tile
+inline constexpr bool kManyRegisters = false;
 #else
 inline constexpr int kLanes = 4;
 inline constexpr bool kManyRegisters = false;

@@ -34,9 +34,10 @@ constexpr int64_t kItemsPerThread = 16;
 constexpr int64_t kCacheBytes = 8 << 20;
 
 const SmallSeqKernels* KernelsOf(std::string_view variant) {
-#define JAX_ATTN_TRY(set)                                   \
-  if (variant.empty() ? CanRun(#set) : variant == #set) {   \
-    return CanRun(#set) ? &set::kSmallSeqKernels : nullptr; \
+  if (variant == "amx" && !MayUseTiles()) return nullptr;
+#define JAX_ATTN_TRY(set)                                        \
+  if (variant.empty() ? CanRun(#set) : SetOf(variant) == #set) { \
+    return CanRun(#set) ? &set::kSmallSeqKernels : nullptr;      \
   }
   JAX_ATTN_FOR_EACH_SET(JAX_ATTN_TRY)
 #undef JAX_ATTN_TRY

@@ -16,6 +16,11 @@ namespace jax_attn::cpu {
   }
 JAX_ATTN_FOR_EACH_SET(JAX_ATTN_DECLARE)
 #undef JAX_ATTN_DECLARE
+#if defined(JAX_ATTN_TILE_SET)
+namespace JAX_ATTN_TILE_SET {
+extern const SplitKvKernels kSplitKvTileKernels;
+}
+#endif
 
 namespace {
 
@@ -34,6 +39,9 @@ const SplitEntry& EntryOf(const SplitPlan& plan, int64_t item) {
 
 std::vector<const SplitKvKernels*> AvailableSplitKvKernels() {
   std::vector<const SplitKvKernels*> kernels;
+#if defined(JAX_ATTN_TILE_SET)
+  if (MayUseTiles()) kernels.push_back(&JAX_ATTN_TILE_SET::kSplitKvTileKernels);
+#endif
 #define JAX_ATTN_ADD(set) \
   if (CanRun(#set)) kernels.push_back(&set::kSplitKvKernels);
   JAX_ATTN_FOR_EACH_SET(JAX_ATTN_ADD)
@@ -88,7 +96,7 @@ std::string LaunchSplitKvAttention(const SplitKvAttentionParams& p, std::string_
   for (const SplitEntry& entry : plan.entries) {
     if (entry.num_splits > 1) merges.push_back(&entry);
   }
-  ParallelFor(executor, plan.work < 16 * kMinParallelWork ? 1 : num_threads,
+  ParallelFor(executor, plan.merge_work < kMinParallelWork ? 1 : num_threads,
               plan.num_merges * p.num_kv_heads, [&](int64_t i, int64_t) {
                 const SplitEntry& entry = *merges[i / p.num_kv_heads];
                 MergeItem item;

@@ -10,6 +10,7 @@
 #include "row_products.h"
 #include "row_weights.h"
 #include "simd.h"
+#include "tile_products.h"
 
 namespace jax_attn::cpu::JAX_ATTN_TARGET {
 namespace {
@@ -86,6 +87,9 @@ void FinishRow(const SplitKvAttentionParams& p, int64_t batch_index, int64_t kv_
 
 // ---- The split kernel
 
+// Keys of a tile that vectors compute with; those past its end are rows of zeros.
+int64_t PaddedKeys(const Tile& tile) { return (tile.num_keys + 7) / 8 * 8; }
+
 // Scratch of an item.
 struct Scratch {
   int64_t rows, q_stride;
@@ -97,12 +101,19 @@ struct Scratch {
       : rows(item.rows.size()), q_stride(Padded(p.head_dim)) {
     const int64_t all_rows = rows * (item.head_end - item.head_begin);
     q = item.scratch;
-    s = q + all_rows * q_stride;
+    s = q + QueryRows(rows) * (item.head_end - item.head_begin) * q_stride;
     state.stride = Padded(p.v_head_dim);
     state.outputs = s + rows * kTileKeys;
     state.totals = state.outputs + all_rows * state.stride;
     state.tops = state.totals + all_rows * kLanes;
     state.Clear(all_rows);
+  }
+
+  float* QueryOf(const Sequence& seq, int64_t head, int64_t row) const {
+    return q + ((head - seq.item.head_begin) * rows + row) * q_stride;
+  }
+  RowStates StateOf(const Sequence& seq, int64_t head, int64_t row) const {
+    return state.From((head - seq.item.head_begin) * rows + row);
   }
 };
 
@@ -141,6 +152,32 @@ void ForRowGroups(int64_t rows, const Body& body) {
   for (; row < rows; ++row) body(std::integral_constant<int, 1>(), row);
 }
 
+// Turns the scores of kRows rows against a tile into weights of its values.
+template <int kRows>
+void WeighRows(const Sequence& seq, const Scratch& scratch, const Tile& tile, int64_t head,
+               const HeadTile& keys, int64_t row) {
+  const SplitKvAttentionParams& p = seq.p;
+  float* s = scratch.s + row * kTileKeys;
+  float factor = 1.0f;
+  if (SeenByAll(seq, tile) && LogitsAreProducts(seq)) {
+    factor = p.scale * seq.k_scale.OfHead(head) * kLog2E;
+  } else {
+    for (int r = 0; r < kRows; ++r) {
+      for (int64_t j = PaddedKeys(tile); j < kTileKeys; ++j) s[r * kTileKeys + j] = 0;
+      Logits(seq, tile, keys.seen, head, seq.item.rows.begin + row + r, s + r * kTileKeys);
+    }
+  }
+  Weigh<kRows>(factor, s, scratch.StateOf(seq, head, row));
+  if (!seq.v_scale.per_token()) return;
+  for (int64_t j = 0; j < tile.num_keys; ++j) {
+    if (!keys.seen[j]) continue;
+    const float v_scale = seq.v_scale.OfToken(seq.v, head, tile.first_key + j);
+    for (int r = 0; r < kRows; ++r) {
+      if (s[r * kTileKeys + j] != 0) s[r * kTileKeys + j] *= v_scale;
+    }
+  }
+}
+
 // The rows of one head against one tile: all scores, then all weights, then all accumulations. So
 // keys, and then values, serve all rows while they are in the nearest cache, and what comes next is
 // fetched all the time: values during scores, the keys to come during accumulations.
@@ -148,10 +185,8 @@ template <typename S>
 void AttendHead(const Sequence& seq, const Scratch& scratch, const Tile& tile, int64_t head,
                 const HeadTile& keys, const char* const* next_k) {
   const SplitKvAttentionParams& p = seq.p;
-  const int64_t first_state = (head - seq.item.head_begin) * scratch.rows;
-  const int64_t padded_keys = (tile.num_keys + 7) / 8 * 8;
+  const int64_t padded_keys = PaddedKeys(tile);
   const bool seen_by_all = SeenByAll(seq, tile);
-  const bool products_only = seen_by_all && LogitsAreProducts(seq);
   // Each group of rows fetches its share of what comes next.
   const auto share = [&](int64_t row) {
     return kTileKeys * row / scratch.rows / kFetchGroup * kFetchGroup;
@@ -166,31 +201,14 @@ void AttendHead(const Sequence& seq, const Scratch& scratch, const Tile& tile, i
   };
   ForRowGroups(scratch.rows, [&](auto size, int64_t row) {
     if (!sees_tile(row, size)) return;
-    float* s = scratch.s + row * kTileKeys;
-    ScoreRows<S, size>(scratch.q + (first_state + row) * scratch.q_stride, scratch.q_stride, keys.k,
-                       padded_keys, p.head_dim, s, Upcoming{keys.v, share(row), share(row + size)});
-    float factor = 1.0f;
-    if (products_only) {
-      factor = p.scale * seq.k_scale.OfHead(head) * kLog2E;
-    } else {
-      for (int r = 0; r < size; ++r) {
-        for (int64_t j = padded_keys; j < kTileKeys; ++j) s[r * kTileKeys + j] = 0;
-        Logits(seq, tile, keys.seen, head, seq.item.rows.begin + row + r, s + r * kTileKeys);
-      }
-    }
-    Weigh<size>(factor, s, scratch.state.From(first_state + row));
-    if (!seq.v_scale.per_token()) return;
-    for (int64_t j = 0; j < tile.num_keys; ++j) {
-      if (!keys.seen[j]) continue;
-      const float v_scale = seq.v_scale.OfToken(seq.v, head, tile.first_key + j);
-      for (int r = 0; r < size; ++r) {
-        if (s[r * kTileKeys + j] != 0) s[r * kTileKeys + j] *= v_scale;
-      }
-    }
+    ScoreRows<S, size>(scratch.QueryOf(seq, head, row), scratch.q_stride, keys.k, padded_keys,
+                       p.head_dim, scratch.s + row * kTileKeys,
+                       Upcoming{keys.v, share(row), share(row + size)});
+    WeighRows<size>(seq, scratch, tile, head, keys, row);
   });
   ForRowGroups(scratch.rows, [&](auto size, int64_t row) {
     if (!sees_tile(row, size)) return;
-    const RowStates state = scratch.state.From(first_state + row);
+    const RowStates state = scratch.StateOf(seq, head, row);
     AccumulateRows<S, size>(scratch.s + row * kTileKeys, keys.v, padded_keys, p.v_head_dim,
                             state.outputs, state.stride,
                             Upcoming{next_k, share(row), share(row + size)});
@@ -226,11 +244,10 @@ void FinishItem(const Sequence& seq, const Scratch& scratch) {
   }
 }
 
-template <typename S>
-void Split(const SplitKvAttentionParams& p, const SplitItem& item) {
-  const Sequence seq(p, item, LayerIndex(p, item.batch_index));
-  const Scratch scratch(p, item);
-  LoadQueries<S>(seq, scratch);
+// Calls attend(tile, head, keys of the head in the tile, keys to come) for all tiles and heads.
+template <typename Attend>
+void ForTilesAndHeads(const Sequence& seq, const Attend& attend) {
+  const SplitItem& item = seq.item;
   Tile tiles[2];
   int current = 0;
   PrepareTile(seq, item.keys.begin, tiles[0]);
@@ -244,10 +261,21 @@ void Split(const SplitKvAttentionParams& p, const SplitItem& item) {
       PrepareHead(seq, tile, head, head_tile);
       const char* next_k[kTileKeys];
       UpcomingKeys(seq, last_head ? next : tile, last_head ? item.head_begin : head + 1, next_k);
-      AttendHead<S>(seq, scratch, tile, head, head_tile, next_k);
+      attend(tile, head, head_tile, next_k);
     }
     current = 1 - current;
   }
+}
+
+template <typename S>
+void Split(const SplitKvAttentionParams& p, const SplitItem& item) {
+  const Sequence seq(p, item, LayerIndex(p, item.batch_index));
+  const Scratch scratch(p, item);
+  LoadQueries<S>(seq, scratch);
+  ForTilesAndHeads(
+      seq, [&](const Tile& tile, int64_t head, const HeadTile& keys, const char* const* next_k) {
+        AttendHead<S>(seq, scratch, tile, head, keys, next_k);
+      });
   FinishItem<S>(seq, scratch);
 }
 
@@ -269,6 +297,71 @@ void SplitKernel(const SplitKvAttentionParams& p, const SplitItem& item) {
       return Split<Storage<DType::kFloat8E5M2>>(p, item);
   }
 }
+
+// ---- The split kernel with matrix instructions
+
+#if defined(JAX_ATTN_HAS_TILES)
+
+// Rows of a kv head from which on matrix instructions are faster: with 8 they are about as fast.
+constexpr int64_t kMinRowsForTiles = 9;
+
+bool FitsTiles(const SplitKvAttentionParams& p, const SplitItem& item) {
+  constexpr int64_t kElements = kTileRowBytes / sizeof(uint16_t);
+  return p.query_dtype == DType::kBFloat16 && p.key.dtype == DType::kBFloat16 &&
+         p.value.dtype == DType::kBFloat16 && p.head_dim % kElements == 0 &&
+         p.v_head_dim % kElements == 0 && item.rows.size() >= kMinRowsForTiles;
+}
+
+// Returns false if something is NaN: a weight is two numbers here, and what each makes of an
+// infinite value may be NaN where their sum is not.
+bool SplitWithTiles(const SplitKvAttentionParams& p, const SplitItem& item) {
+  using S = Storage<DType::kBFloat16>;
+  const Sequence seq(p, item, LayerIndex(p, item.batch_index));
+  const Scratch scratch(p, item);
+  const RowGroups groups = QueryGroups(scratch.rows);
+  const auto queries_of = [&](int64_t head) {
+    return reinterpret_cast<uint32_t*>(scratch.q) +
+           (head - item.head_begin) * groups.count * PackedQueries(p.head_dim);
+  };
+  const uint16_t* query =
+      static_cast<const uint16_t*>(p.query) + p.query_batch.Offset(p.batch, item.batch_index);
+  for (int64_t head = item.head_begin; head < item.head_end; ++head) {
+    for (int64_t r = 0; r < scratch.rows; ++r) {
+      const int64_t row = item.rows.begin + r;
+      const int64_t index = seq.QueryOf(row) * p.num_q_heads + seq.HeadOf(head, row);
+      PackQuery(groups, r, query + index * p.head_dim, p.head_dim, queries_of(head));
+    }
+  }
+  {
+    Tiles tiles(WholeTiles());
+    ForTilesAndHeads(
+        seq, [&](const Tile& tile, int64_t head, const HeadTile& keys, const char* const* next_k) {
+          ScoreRowsWithTiles(tiles, scratch.rows, queries_of(head), keys.k, p.head_dim, scratch.s,
+                             keys.v);
+          ForRowGroups(scratch.rows, [&](auto size, int64_t row) {
+            WeighRows<size>(seq, scratch, tile, head, keys, row);
+          });
+          const RowStates state = scratch.StateOf(seq, head, 0);
+          AccumulateRowsWithTiles(tiles, scratch.rows, scratch.s, keys.v, p.v_head_dim,
+                                  state.outputs, state.stride, next_k);
+        });
+  }
+  I32 is_nan = {};
+  const int64_t all_rows = scratch.rows * (item.head_end - item.head_begin);
+  for (int64_t i = 0; i < all_rows * scratch.state.stride; i += kLanes) {
+    const F32 output = Load(scratch.state.outputs + i);
+    is_nan |= output != output;
+  }
+  if (Any(is_nan)) return false;
+  FinishItem<S>(seq, scratch);
+  return true;
+}
+
+void SplitKernelWithTiles(const SplitKvAttentionParams& p, const SplitItem& item) {
+  if (!FitsTiles(p, item) || !SplitWithTiles(p, item)) SplitKernel(p, item);
+}
+
+#endif
 
 // ---- The merge kernel
 
@@ -298,6 +391,10 @@ void MergeKernel(const SplitKvAttentionParams& p, const MergeItem& item) {
 
 // Not inline, and declared again where the sets are chosen among: see split_kv_attention.cc.
 extern const SplitKvKernels kSplitKvKernels;
+#if defined(JAX_ATTN_HAS_TILES)
+extern const SplitKvKernels kSplitKvTileKernels;
+const SplitKvKernels kSplitKvTileKernels = {"amx", SplitKernelWithTiles, MergeKernel};
+#endif
 #define JAX_ATTN_STRING(x) #x
 #define JAX_ATTN_NAME(x) JAX_ATTN_STRING(x)
 const SplitKvKernels kSplitKvKernels = {JAX_ATTN_NAME(JAX_ATTN_TARGET), SplitKernel, MergeKernel};

@@ -96,10 +96,14 @@ struct MergeItem {
 // A partial result of a row: v_head_dim accumulated values, then maximum and sum.
 constexpr int64_t PartialSize(int64_t v_head_dim) { return v_head_dim + 2; }
 
+// Rows that scratch has room for queries of: matrix instructions take 16 as pairs of elements.
+constexpr int64_t QueryRows(int64_t rows) { return rows < 8 ? 8 : rows; }
+
 // Floats of scratch for an item of `rows` rows and `heads` heads: queries, outputs, maxima and, for
 // each lane of the widest set, sums; and the logits of one head.
 constexpr int64_t ScratchSize(int64_t rows, int64_t heads, int64_t head_dim, int64_t v_head_dim) {
-  return heads * rows * (Padded(head_dim) + Padded(v_head_dim) + 1 + 16) + rows * kTileKeys;
+  return heads * QueryRows(rows) * Padded(head_dim) + heads * rows * (Padded(v_head_dim) + 1 + 16) +
+         rows * kTileKeys;
 }
 
 struct SplitKvKernels {

@@ -16,7 +16,7 @@ constexpr int64_t kScratchFloats = 64 * 1024;
 
 // Planned splits are so many times the threads, for balance when lengths differ or a thread is
 // late, and not below so many keys, so that merging stays a small part.
-constexpr int64_t kItemsPerThread = 4;
+constexpr int64_t kItemsPerThread = 8;
 constexpr int64_t kMinPlannedSplit = 256;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -120,6 +120,8 @@ SplitPlan PlanSplits(const SplitKvAttentionParams& p, const SplitLayout& layout)
     entry.first_item = plan.num_items;
     plan.num_items += entry.num_splits * layout.num_head_groups;
     if (entry.num_splits > 1) {
+      plan.merge_work +=
+          entry.num_splits * p.num_kv_heads * entry.rows.size() * PartialSize(p.v_head_dim);
       entry.first_partial = num_partials;
       num_partials += entry.num_splits;
       ++plan.num_merges;

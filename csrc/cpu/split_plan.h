@@ -58,6 +58,7 @@ struct SplitPlan {
   int64_t num_items = 0;
   int64_t num_merges = 0;  // entries with more than one split
   int64_t work = 0;        // multiply-adds
+  int64_t merge_work = 0;  // floats to merge
 };
 
 // Plans with the lengths at hand. Deterministic in its arguments, so results repeat bit for bit.

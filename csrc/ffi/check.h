@@ -28,6 +28,9 @@ inline std::string ToString(Dimensions dims) {
   return text + "]";
 }
 
+inline std::string ToString(std::string_view text) { return std::string(text); }
+inline std::string ToString(int64_t number) { return std::to_string(number); }
+
 inline ffi::Error InvalidArgument(std::string_view op, const std::string& what) {
   return ffi::Error(ffi::ErrorCode::kInvalidArgument, std::string(op) + ": " + what);
 }

@@ -133,8 +133,7 @@ class Reader : BufferReader {
     const int64_t core_rank = has_layers ? 5 : 4;
     bool agrees = static_cast<int64_t>(dims.size()) == core_rank + p_.batch.num_dims;
     for (int d = 0; agrees && d < p_.batch.num_dims; ++d) agrees = dims[d] == p_.batch.sizes[d];
-    Expect(name, dims, agrees,
-           std::to_string(core_rank) + " dimensions behind all dimensions of vmap");
+    Expect(name, dims, agrees, core_rank, " dimensions behind all dimensions of vmap");
     ExpectSame(name, in, out);
     if (failed()) return;
     const int64_t heads = Last(dims, head_major() ? 3 : 2);
@@ -144,8 +143,7 @@ class Reader : BufferReader {
       p_.num_pages = Last(dims, 4);
       p_.num_layers = has_layers ? Last(dims, 5) : 0;
     }
-    Expect(name, dims, Last(dims, 1) == head_dim,
-           "a last dimension of " + std::to_string(head_dim));
+    Expect(name, dims, Last(dims, 1) == head_dim, "a last dimension of ", head_dim);
     Expect(name, dims, heads == p_.num_kv_heads, "num_kv_heads of key");
     Expect(name, dims, page_size > 0, "a page_size of at least 1");
     Expect(name, dims, !has_layers || Last(dims, 5) > 0, "at least one layer");
@@ -168,7 +166,7 @@ class Reader : BufferReader {
     const Dimensions dims = in.dimensions(), expected = out.dimensions();
     bool agrees = dims.size() == expected.size();
     for (size_t d = 0; agrees && d < dims.size(); ++d) agrees = dims[d] == expected[d];
-    Expect(name, dims, agrees, "that of the result, " + ToString(expected));
+    Expect(name, dims, agrees, "that of the result, ", expected);
     if (in.element_type() != out.element_type()) {
       Fail(std::string(name) + " and its result differ in type");
     }
@@ -177,8 +175,8 @@ class Reader : BufferReader {
   void ReadQkv(ffi::AnyBuffer qkv) {
     const Dimensions dims = qkv.dimensions();
     if (dims.size() < 2) return Expect("qkv", dims, false, "[tokens, columns]");
-    Expect("qkv", dims, Last(dims, 2) == p_.num_tokens && Last(dims, 1) == p_.columns(),
-           "[" + std::to_string(p_.num_tokens) + ", " + std::to_string(p_.columns()) + "]");
+    Expect("qkv", dims, Last(dims, 2) == p_.num_tokens && Last(dims, 1) == p_.columns(), "[",
+           p_.num_tokens, ", ", p_.columns(), "]");
     if (TypeOf("qkv", qkv) != p_.dtype) Fail("qkv and query differ in type");
     p_.qkv_batch = ReadBatch("qkv", dims, 2, p_.batch);
     p_.qkv = qkv.untyped_data();
@@ -198,7 +196,7 @@ class Reader : BufferReader {
     const Dimensions dims = buffer.dimensions();
     ExpectType(name, buffer, type);
     if (dims.size() < 1 || Last(dims, 1) != p_.num_tokens) {
-      return Expect(name, dims, false, "tokens=" + std::to_string(p_.num_tokens));
+      return Expect(name, dims, false, "tokens=", p_.num_tokens);
     }
     operand.batch = ReadBatch(name, dims, 1, p_.batch);
     operand.data = reinterpret_cast<const T*>(buffer.untyped_data());
@@ -231,7 +229,7 @@ class Reader : BufferReader {
     const Dimensions dims = buffer.dimensions();
     ExpectType("positions", buffer, ffi::DataType::S32);
     if (dims.size() < 2 || Last(dims, 2) != 3 || Last(dims, 1) != p_.num_tokens) {
-      return Expect("positions", dims, false, "[3, " + std::to_string(p_.num_tokens) + "]");
+      return Expect("positions", dims, false, "[3, ", p_.num_tokens, "]");
     }
     p_.positions.batch = ReadBatch("positions", dims, 2, p_.batch);
     p_.positions.data = reinterpret_cast<const int32_t*>(buffer.untyped_data());
@@ -241,8 +239,7 @@ class Reader : BufferReader {
     const Dimensions dims = buffer.dimensions();
     const bool agrees = dims.size() >= 2 && Last(dims, 1) == p_.table_width && Last(dims, 2) > 0 &&
                         (p_.max_positions == 0 || Last(dims, 2) == p_.max_positions);
-    Expect(name, dims, agrees,
-           "the same for cos and sin: [max_positions, " + std::to_string(p_.table_width) + "]");
+    Expect(name, dims, agrees, "the same for cos and sin: [max_positions, ", p_.table_width, "]");
     if (failed()) return;
     p_.max_positions = Last(dims, 2);
     ReadFloats(name, buffer, 2, table);
@@ -253,7 +250,7 @@ class Reader : BufferReader {
     if (p_.norm_scope == NormScope::kNone) Fail(std::string(name) + " is given without a norm");
     const Dimensions dims = buffer.dimensions();
     const int64_t size = p_.norm_scope == NormScope::kAllHeads ? heads * p_.head_dim : p_.head_dim;
-    Expect(name, dims, dims.size() >= 1 && Last(dims, 1) == size, "[" + std::to_string(size) + "]");
+    Expect(name, dims, dims.size() >= 1 && Last(dims, 1) == size, "[", size, "]");
     if (!failed()) ReadFloats(name, buffer, 1, weight);
   }
 

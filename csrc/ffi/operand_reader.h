@@ -68,15 +68,14 @@ class OperandReader : public BufferReader {
                 int64_t query_len, int64_t kv_len, RowOperand& rows) {
     const Dimensions dims = buffer.dimensions();
     const int64_t rank = dims.size();
-    const std::string expected = "[batch, " + std::to_string(num_q_heads) + ", " +
-                                 std::to_string(query_len) + ", " + std::to_string(kv_len) +
-                                 "], or 1 for the first three";
-    if (rank < 4) return Expect(name, dims, false, expected);
+    const auto expect = [&](bool agrees) {
+      Expect(name, dims, agrees, "[batch, ", num_q_heads, ", ", query_len, ", ", kv_len,
+             "], or 1 for the first three");
+    };
+    if (rank < 4) return expect(false);
     const int64_t heads = dims[rank - 3], queries = dims[rank - 2], keys = dims[rank - 1];
-    Expect(name, dims,
-           (heads == 1 || heads == num_q_heads) && (queries == 1 || queries == query_len) &&
-               keys == kv_len,
-           expected);
+    expect((heads == 1 || heads == num_q_heads) && (queries == 1 || queries == query_len) &&
+           keys == kv_len);
     rows.query_stride = queries == 1 ? 0 : keys;
     rows.head_stride = heads == 1 ? 0 : queries * keys;
     rows.batch = ReadBatch(name, dims, 3, true, /*may_be_one=*/true);

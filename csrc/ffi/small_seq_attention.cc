@@ -167,15 +167,15 @@ class Reader : OperandReader {
   void ReadShapes(std::string_view result_name, Dimensions result, Dimensions query, Dimensions key,
                   Dimensions value, int64_t num_sequences) {
     const int64_t core = token_dims() + 2;  // tokens, heads, head_dim
-    const std::string tokens = packed_ ? "[tokens, " : "[batch, length, ";
+    const std::string_view tokens = packed_ ? "[tokens, " : "[batch, length, ";
     for (const auto& [name, dims] :
          {std::pair{"query", query}, std::pair{"key", key}, std::pair{"value", value}}) {
       const int64_t rank = dims.size();
-      Expect(name, dims, rank >= core, tokens + "heads, head_dim]");
+      Expect(name, dims, rank >= core, tokens, "heads, head_dim]");
     }
     const int64_t rank = result.size();
-    Expect(result_name, result, rank >= core && rank - core + 1 <= kMaxBatchDims,
-           tokens + "heads, head_dim] with all batch dimensions");
+    Expect(result_name, result, rank >= core && rank - core + 1 <= kMaxBatchDims, tokens,
+           "heads, head_dim] with all batch dimensions");
     if (failed()) return;
     SetBatch(result, rank - core + (packed_ ? 0 : 1));
     if (packed_) {
@@ -191,7 +191,7 @@ class Reader : OperandReader {
     p_.head_dim = query[query.size() - 1];
     p_.v_head_dim = value[value.size() - 1];
     Expect("key", key, p_.num_kv_heads > 0 && p_.num_q_heads % p_.num_kv_heads == 0,
-           "num_kv_heads that divides num_q_heads=" + std::to_string(p_.num_q_heads));
+           "num_kv_heads that divides num_q_heads=", p_.num_q_heads);
   }
 
   // An array of queries or keys; heads and head_dim are its last dimensions.
@@ -201,9 +201,7 @@ class Reader : OperandReader {
     const int64_t rank = dims.size();
     const bool agrees =
         rank >= 3 && dims[rank - 3] == tokens && dims[rank - 2] == heads && dims[rank - 1] == dim;
-    Expect(name, dims, agrees,
-           "[..., " + std::to_string(tokens) + ", " + std::to_string(heads) + ", " +
-               std::to_string(dim) + "]");
+    Expect(name, dims, agrees, "[..., ", tokens, ", ", heads, ", ", dim, "]");
     if (TypeOf(name, buffer) != p_.dtype) Fail(std::string(name) + " and query differ in type");
     return {buffer.untyped_data(), ReadBatch(name, dims, 3, !packed_)};
   }
@@ -214,9 +212,7 @@ class Reader : OperandReader {
     const int64_t rank = dims.size();
     const bool agrees =
         rank >= 2 && dims[rank - 2] == p_.query_tokens && dims[rank - 1] == p_.num_q_heads;
-    Expect(
-        name, dims, agrees,
-        "[..., " + std::to_string(p_.query_tokens) + ", " + std::to_string(p_.num_q_heads) + "]");
+    Expect(name, dims, agrees, "[..., ", p_.query_tokens, ", ", p_.num_q_heads, "]");
     ExpectType(name, buffer, ffi::DataType::F32);
     return {static_cast<const float*>(buffer.untyped_data()), ReadBatch(name, dims, 2, !packed_)};
   }
@@ -225,8 +221,7 @@ class Reader : OperandReader {
   Operand<int32_t> ReadInts(std::string_view name, ffi::AnyBuffer buffer, int64_t more) {
     const Dimensions dims = buffer.dimensions();
     const int64_t rank = dims.size(), expected = p_.num_sequences() + more;
-    Expect(name, dims, rank >= 1 && dims[rank - 1] == expected,
-           "[..., " + std::to_string(expected) + "]");
+    Expect(name, dims, rank >= 1 && dims[rank - 1] == expected, "[..., ", expected, "]");
     ExpectType(name, buffer, ffi::DataType::S32);
     Operand<int32_t> ints{static_cast<const int32_t*>(buffer.untyped_data()),
                           ReadBatch(name, dims, 1, false)};
