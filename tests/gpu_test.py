@@ -12,6 +12,8 @@ import pytest
 import support
 
 import jax_attn
+from jax_attn._src.split_kv_attention import primitive
+from jax_attn._src.split_kv_attention.problem import Operands, Options
 
 PLATFORM = support.PLATFORM
 pytestmark = [
@@ -37,7 +39,7 @@ def variants_of(problem):
 
 
 def check(problem, monkeypatch):
-    for variant in variants_of(problem):
+    for variant in ("", *variants_of(problem)):  # the best one may be "stream"
         with monkeypatch.context() as patch:
             support.use_variant(variant, patch)
             problem.check("native")
@@ -76,6 +78,89 @@ def test_groups(group, dtype, monkeypatch):
     )
     check(problem, monkeypatch)
     check(support.paged(problem, np.random.default_rng(0), 8, "HND"), monkeypatch)
+
+
+# Contexts of every length around tiles of 16 keys and what a block reads at a time.
+LENGTHS = [0, 1, 15, 16, 17, 127, 128, 129, 300, 511, 512, 720]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("page_size", [None, 16, 48])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"query_len": 3, "causal": "bottom_right", "sinks": True},
+        {"query_len": 2, "causal": "top_left", "dtype": "float16"},
+        {"query_len": 5, "causal": "bottom_right", "sliding_window": 37},
+        {"query_len": 20, "sliding_window": 100, "split_size": 100},
+        {"num_q_heads": 2, "num_splits": 5},
+    ],
+    ids=repr,
+)
+def test_streams(head_dim, page_size, options, monkeypatch):
+    rng = np.random.default_rng(head_dim)
+    problem = support.dense(
+        rng,
+        batch=len(LENGTHS),
+        head_dim=head_dim,
+        kv_len=720,
+        lengths=LENGTHS,
+        **{"num_q_heads": 8, "dtype": "bfloat16", **options},
+    )
+    problem = support.poison(problem)
+    if page_size is not None:
+        layers = 2 if page_size == 48 else None
+        layout = "HND" if head_dim == 64 else "NHD"
+        problem = support.paged(problem, rng, page_size, layout, layers)
+    problem.check("native")
+    rows = options.get("query_len", 1) * options.get("num_q_heads", 8) // 2
+    if "stream" in jax_attn.ffi.variants(PLATFORM) and (
+        head_dim < 256 or rows <= 8
+    ):  # else there is no such kernel
+        support.use_variant("stream", monkeypatch)
+        problem.check("native")
+
+
+def test_streams_where_nothing_else_is_asked_for():
+    # Without lengths the host knows where entries are cut; the last two are cut in half.
+    sizes = [(1, 5000, 128), (3, 1000, 128), (40, 400, 128), (7, 9, 64), (20, 2048, 64)]
+    for batch, kv_len, head_dim in [*sizes, (20, 4096, 256)]:
+        x = support.dense(
+            np.random.default_rng(batch),
+            batch=batch,
+            kv_len=kv_len,
+            head_dim=head_dim,
+            dtype="bfloat16",
+            sinks=True,
+        )
+        x.check("native")
+        for a, b in zip(x.run("native"), x.run("native"), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 40}, {"causal": "top_left"}], ids=repr)
+def test_keys_that_are_a_part_of_their_context(dtype, options):
+    rng = np.random.default_rng(0)
+    x = support.dense(
+        rng, batch=4, query_len=3, head_dim=64, kv_len=200, dtype=dtype, lengths=[200, 77, 0, 200]
+    )
+    arrays = {name: jnp.asarray(array) for name, array in x.arrays.items()}
+    offsets = jnp.asarray([150, -1, 5, 230], jnp.int32)  # inside, before, anywhere, past the end
+    operands = Operands(**arrays, query_offset=offsets)
+    options = {"causal": "bottom_right", **options}
+    results = [
+        primitive.attend(operands, Options(scale=0.125, implementation=name, **options))
+        for name in ("native", "xla")
+    ]
+    tolerance = 2e-2 if dtype == "bfloat16" else 1e-5
+    for a, b in zip(*results, strict=True):
+        a, b = (np.asarray(r, np.float32) for r in (a, b))
+        np.testing.assert_array_equal(np.isneginf(a), np.isneginf(b))
+        np.testing.assert_allclose(
+            np.where(np.isneginf(a), 0, a), np.where(np.isneginf(b), 0, b), atol=tolerance
+        )
 
 
 @pytest.mark.parametrize("batch", [1, 33, 150])
@@ -168,8 +253,9 @@ def test_explain():
         dtype="bfloat16",
     )
     arrays = {k: jnp.asarray(v) for k, v in x.arrays.items()}
+    best = jax_attn.ffi.variants(PLATFORM)[0]
     (call,) = jax_attn.explain(jax_attn.split_kv_attention)(**arrays)
-    assert (call.platform, call.implementation, call.variant) == (PLATFORM, "native", "matrix")
+    assert (call.platform, call.implementation, call.variant) == (PLATFORM, "native", best)
     assert call.num_splits is not None and call.num_splits > 1
     assert call.scratch_bytes is not None
     assert call.scratch_bytes >= call.num_splits * 8 * 130 * 4

@@ -58,9 +58,11 @@ nb::dict Plan(int64_t batch, int64_t query_len, int64_t num_q_heads, int64_t num
               int64_t head_dim, int64_t v_head_dim, int64_t kv_len, bool heads_first,
               int64_t num_splits, int64_t split_size, const std::string& query_dtype,
               const std::string& cache_dtype, const std::string& variant, int causal,
-              int64_t sliding_window, bool has_lengths, bool has_extras, bool has_v_token_scale) {
+              int64_t sliding_window, int num_batch_dims, int64_t page_size, bool has_lengths,
+              bool has_query_offset, bool has_extras, bool has_scales, bool has_v_token_scale) {
   SplitKvAttentionParams p;
-  p.batch.num_dims = 1;
+  p.batch.num_dims = num_batch_dims;
+  for (int i = 1; i < num_batch_dims; ++i) p.batch.sizes[i] = 1;
   p.batch.sizes[0] = p.batch.count = batch;
   p.query_len = query_len;
   p.num_q_heads = num_q_heads;
@@ -76,9 +78,13 @@ nb::dict Plan(int64_t batch, int64_t query_len, int64_t num_q_heads, int64_t num
   p.key.dtype = p.value.dtype = DTypeNamed(cache_dtype);
   p.causal = static_cast<Causal>(causal);
   p.sliding_window = sliding_window;
+  p.page_size = page_size;
   // Only whether they are there is looked at.
   static const int32_t some = 0;
+  static const float factor = 1;
   if (has_lengths) p.kv_lengths.data = &some;
+  if (has_query_offset) p.query_offset.data = &some;
+  if (has_scales) p.k_scale.data = &factor;
   if (has_extras) p.mask.data = &some;
   if (has_v_token_scale) p.v_scale.token_stride = 1;
   Device device;
@@ -87,7 +93,7 @@ nb::dict Plan(int64_t batch, int64_t query_len, int64_t num_q_heads, int64_t num
   nb::dict plan;
   plan["workspace_size"] = split.workspace_size;
   plan["num_splits"] = split.num_splits;
-  plan["variant"] = split.shape.matrix ? "matrix" : "vector";
+  plan["variant"] = std::string(split.variant());
   plan["num_groups"] = split.work.num_groups;
   plan["num_cores"] = device.num_cores;
   return plan;
@@ -102,8 +108,12 @@ void Define(nb::module_& m) {
     return handlers;
   });
   m.def("variants", [] {
+    Device device;
+    (void)GetDevice(device);
     nb::list names;
-    for (std::string_view name : kVariants) names.append(std::string(name));
+    for (std::string_view name : kVariants) {
+      if (name != "stream" || device.tensor_maps) names.append(std::string(name));
+    }
     return names;
   });
   m.def("split_kv_plan", &Plan, nb::kw_only(), nb::arg("batch"), nb::arg("query_len"),
@@ -111,8 +121,9 @@ void Define(nb::module_& m) {
         nb::arg("kv_len"), nb::arg("heads_first"), nb::arg("num_splits"), nb::arg("split_size"),
         nb::arg("query_dtype") = "float32", nb::arg("cache_dtype") = "float32",
         nb::arg("variant") = "", nb::arg("causal") = 0, nb::arg("sliding_window") = 0,
-        nb::arg("has_lengths") = true, nb::arg("has_extras") = true,
-        nb::arg("has_v_token_scale") = false);
+        nb::arg("num_batch_dims") = 1, nb::arg("page_size") = 0, nb::arg("has_lengths") = true,
+        nb::arg("has_query_offset") = false, nb::arg("has_extras") = true,
+        nb::arg("has_scales") = false, nb::arg("has_v_token_scale") = false);
 }
 
 }  // namespace

@@ -59,6 +59,122 @@ std::string Describe(Error error) {
   return std::string("a kernel could not be launched: ") + ErrorString(error);
 }
 
+StreamParams StreamParamsOf(const SplitKvAttentionParams& p) {
+  StreamParams s = {};
+  s.causal = p.causal;
+  s.query_len = static_cast<int32_t>(p.query_len);
+  s.num_q_heads = static_cast<int32_t>(p.num_q_heads);
+  s.num_kv_heads = static_cast<int32_t>(p.num_kv_heads);
+  s.kv_len = static_cast<int32_t>(p.kv_len);
+  s.group = Divisor(p.group_size());
+  s.page_size = static_cast<int32_t>(p.page_size);
+  if (p.page_size != 0) s.pages = Divisor(p.page_size);
+  s.sliding_window = static_cast<int32_t>(p.sliding_window);
+  s.scale = p.scale;
+  s.kv_lengths = {p.kv_lengths.data, p.kv_lengths.batch.strides[0]};
+  s.query_offset = {p.query_offset.data, p.query_offset.batch.strides[0]};
+  s.page_table = {p.page_table.data, p.page_table.batch.strides[0]};
+  s.layer = p.layer.data;
+  s.num_pages = static_cast<int32_t>(p.num_pages);
+  s.num_layers = static_cast<int32_t>(p.num_layers);
+  s.kv_batch = p.key.batch.strides[0] != 0;
+  s.head_dim = static_cast<int32_t>(p.head_dim);
+  s.v_head_dim = static_cast<int32_t>(p.v_head_dim);
+  s.query = p.query;
+  s.query_stride = p.query_batch.strides[0];
+  s.query_dtype = p.query_dtype;
+  s.sinks = {p.sinks.data};
+  s.out = p.out;
+  s.lse = p.lse;
+  s.lse_includes_sinks = p.lse_includes_sinks;
+  return s;
+}
+
+struct TokenMaps {
+  TensorMap key, value;
+};
+
+// Describes keys or values: 64 elements, tokens, pieces of 64 elements of a head, heads, and pages
+// or sequences. A copy takes a tile of one head.
+bool MapTokens(const SplitKvAttentionParams& p, const KvOperand& x, const KernelShape& shape,
+               TensorMap& map) {
+  const int64_t bytes = SizeOf(x.dtype), pieces = p.head_dim / 64;
+  const bool paged = p.page_size != 0;
+  const int64_t outer = paged ? p.num_pages * std::max<int64_t>(1, p.num_layers) : p.batch.count;
+  const int64_t outer_stride = paged ? x.page_stride : x.batch.strides[0];
+  TensorShape tensor;
+  tensor.data = x.data;
+  const int64_t sizes[] = {paged ? p.page_size : p.kv_len, pieces, p.num_kv_heads,
+                           outer_stride == 0 ? 1 : outer};
+  const int64_t strides[] = {x.token_stride, 64, x.head_stride,
+                             outer_stride == 0 ? x.token_stride : outer_stride};
+  const int64_t box[] = {shape.tile_keys, pieces, 1, 1};
+  for (int i = 0; i < 4; ++i) {
+    tensor.sizes[i] = static_cast<uint64_t>(sizes[i]);
+    tensor.strides[i] = static_cast<uint64_t>(strides[i] * bytes);
+    tensor.box[i] = static_cast<uint32_t>(box[i]);
+  }
+  return MakeTensorMap(tensor, map);
+}
+
+// Maps of the keys and values of a problem, for the tiles of a stream kernel. Whether there are.
+bool MapTokens(const SplitKvAttentionParams& p, const KernelShape& shape, TokenMaps& maps) {
+  return MapTokens(p, p.key, shape, maps.key) && MapTokens(p, p.value, shape, maps.value);
+}
+
+std::string LaunchKernels(const SplitKvAttentionParams& params, SplitPlan plan, TokenMaps& maps,
+                          const Device& device, Stream stream) {
+  SplitKvAttentionParams p = params;
+  if (plan.workspace_size > p.workspace_size) {
+    return "workspace has " + std::to_string(p.workspace_size) + " floats, expected at least " +
+           std::to_string(plan.workspace_size);
+  }
+  SplitWork& w = plan.work;
+  const int64_t blocks = int64_t{w.num_groups} * p.num_kv_heads;
+  // Of entries that were cut, the first part is the last of a share.
+  const int64_t merged = w.cut == Cut::kShares ? w.num_groups : w.num_entries;
+  const int64_t merge_blocks = merged * p.num_kv_heads * w.rows_per_block;
+  if (blocks == 0) return "";
+  const int64_t units = int64_t{w.num_entries} * (p.kv_len / w.unit_keys + 1);
+  if (std::max({blocks, merge_blocks, units}) >= kMaxCount) {
+    return "the problem has more than 2^31 blocks of keys or rows";
+  }
+  if (plan.shared_bytes > device.shared_per_block) {
+    return "a block needs " + std::to_string(plan.shared_bytes) +
+           " bytes of shared memory, this device has " + std::to_string(device.shared_per_block);
+  }
+  w.partials = p.workspace;
+  if (plan.merges && w.cut == Cut::kShares && !w.uniform) {
+    w.ends = reinterpret_cast<ShareEnd*>(p.workspace);
+    w.partials += EndsSize(w);
+  }
+  const bool streams = plan.shape.stream;
+  const void* kernel =
+      streams ? StreamKernelOf(p.key.dtype, plan.shape) : FindSplitKernel(p.key.dtype, plan.shape);
+  if (kernel == nullptr) return "there is no kernel of this shape";
+
+  StreamParams stream_params = {};
+  if (streams) stream_params = StreamParamsOf(p);
+  void* args[] = {&p, &w};
+  void* stream_args[] = {&maps.key, &maps.value, &stream_params, &w};
+  LaunchShape shape;
+  shape.blocks = static_cast<unsigned>(blocks);
+  // Stream kernels have a spare wave.
+  shape.threads = static_cast<unsigned>((plan.shape.waves + streams) * device.wave_size);
+  shape.shared_bytes = static_cast<size_t>(plan.shared_bytes);
+  shape.cluster = static_cast<unsigned>(w.cluster);
+  Error error = Launch(kernel, shape, stream, streams ? stream_args : args);
+  if (error != kSuccess) return Describe(error);
+  if (!plan.merges) return "";
+  shape.blocks = static_cast<unsigned>(merge_blocks);
+  shape.threads = kMergeThreads;
+  shape.shared_bytes = 0;
+  shape.overlaps_previous = true;
+  error = streams ? Launch(StreamMergeKernelOf(), shape, stream, stream_args + 2)
+                  : Launch(MergeKernelOf(), shape, stream, args);
+  return error == kSuccess ? "" : Describe(error);
+}
+
 }  // namespace
 
 std::string LaunchSplitKvAttention(const SplitKvAttentionParams& params, std::string_view variant,
@@ -73,52 +189,22 @@ std::string LaunchSplitKvAttention(const SplitKvAttentionParams& params, std::st
       std::find(std::begin(kVariants), std::end(kVariants), variant) == std::end(kVariants)) {
     return "variant '" + std::string(variant) + "' cannot run here";
   }
-  const SplitPlan plan = PlanSplits(p, variant, device, p.workspace_size);
+  SplitPlan plan = PlanSplits(p, variant, device, p.workspace_size);
+  TokenMaps maps;
+  if (plan.shape.stream && !MapTokens(p, plan.shape, maps)) {
+    Device plain = device;
+    plain.tensor_maps = false;
+    plan = PlanSplits(p, variant, plain, p.workspace_size);
+  }
   if (!plan.possible) return "variant '" + std::string(variant) + "' cannot run here";
-  return LaunchPlan(p, plan, device, stream);
+  return LaunchKernels(p, plan, maps, device, stream);
 }
 
-std::string LaunchPlan(const SplitKvAttentionParams& params, SplitPlan plan, const Device& device,
+std::string LaunchPlan(const SplitKvAttentionParams& p, const SplitPlan& plan, const Device& device,
                        Stream stream) {
-  SplitKvAttentionParams p = params;
-  if (plan.workspace_size > p.workspace_size) {
-    return "workspace has " + std::to_string(p.workspace_size) + " floats, expected at least " +
-           std::to_string(plan.workspace_size);
-  }
-  SplitWork& w = plan.work;
-  const int64_t blocks = int64_t{w.num_groups} * p.num_kv_heads;
-  const int64_t merge_blocks = int64_t{w.num_entries} * p.num_kv_heads * w.rows_per_block;
-  if (blocks == 0) return "";
-  const int64_t units = int64_t{w.num_entries} * (p.kv_len / w.unit_keys + 1);
-  if (std::max({blocks, merge_blocks, units}) >= kMaxCount) {
-    return "the problem has more than 2^31 blocks of keys or rows";
-  }
-  if (plan.shared_bytes > device.shared_per_block) {
-    return "a block needs " + std::to_string(plan.shared_bytes) +
-           " bytes of shared memory, this device has " + std::to_string(device.shared_per_block);
-  }
-  w.partials = p.workspace;
-  if (plan.merges && w.cut == Cut::kShares) {
-    w.starts = reinterpret_cast<int32_t*>(p.workspace);
-    w.partials += (w.num_entries + 1 + 3) / 4 * 4;
-  }
-  const void* kernel = FindSplitKernel(p.key.dtype, plan.shape);
-  if (kernel == nullptr) return "there is no kernel of this shape";
-
-  void* args[] = {&p, &w};
-  LaunchShape shape;
-  shape.blocks = static_cast<unsigned>(blocks);
-  shape.threads = static_cast<unsigned>(plan.shape.waves * device.wave_size);
-  shape.shared_bytes = static_cast<size_t>(plan.shared_bytes);
-  Error error = Launch(kernel, shape, stream, args);
-  if (error != kSuccess) return Describe(error);
-  if (!plan.merges) return "";
-  shape.blocks = static_cast<unsigned>(merge_blocks);
-  shape.threads = kMergeThreads;
-  shape.shared_bytes = 0;
-  shape.overlaps_previous = true;
-  error = Launch(MergeKernelOf(), shape, stream, args);
-  return error == kSuccess ? "" : Describe(error);
+  TokenMaps maps;
+  if (plan.shape.stream && !MapTokens(p, plan.shape, maps)) return "there are no tensor maps";
+  return LaunchKernels(p, plan, maps, device, stream);
 }
 
 }  // namespace jax_attn::gpu

@@ -19,7 +19,7 @@ std::string LaunchSplitKvAttention(const SplitKvAttentionParams& p, std::string_
                                    const Device& device, Stream stream);
 
 // The same with a plan at hand.
-std::string LaunchPlan(const SplitKvAttentionParams& p, SplitPlan plan, const Device& device,
+std::string LaunchPlan(const SplitKvAttentionParams& p, const SplitPlan& plan, const Device& device,
                        Stream stream);
 
 }  // namespace jax_attn::gpu

@@ -26,49 +26,6 @@ struct BlockShared {
 
 // Merges what the waves of the block found, and writes it as a partial result or as the output.
 template <typename Core>
-JAX_ATTN_DEVICE void MergeWaves(const SplitKvAttentionParams& p, const SplitWork& w,
-                                const Segment& s, const BlockShared<Core>& state,
-                                const char* rings) {
-  constexpr int kWaves = Core::kShape.waves;
-  const int v_head_dim = static_cast<int>(p.v_head_dim), columns = v_head_dim / 4;
-  for (int i = threadIdx.x; i < s.num_rows * columns; i += blockDim.x) {
-    const int row = i / columns, d = i % columns * 4;
-    float top = state.tops[0][row];
-#pragma unroll
-    for (int wave = 1; wave < kWaves; ++wave) top = Max(top, state.tops[wave][row]);
-    const float base = Base(top);
-    float total = 0;
-    float4 sum = {0, 0, 0, 0};
-#pragma unroll
-    for (int wave = 0; wave < kWaves; ++wave) {
-      const float factor = Exp2(state.tops[wave][row] - base);
-      const float4 x = reinterpret_cast<const float4*>(rings + wave * w.wave_bytes)[i];
-      total += factor * state.totals[wave][row];
-      sum.x += factor * x.x;
-      sum.y += factor * x.y;
-      sum.z += factor * x.z;
-      sum.w += factor * x.w;
-    }
-    sum.x *= s.value_factor;
-    sum.y *= s.value_factor;
-    sum.z *= s.value_factor;
-    sum.w *= s.value_factor;
-    if (s.slot < 0) {
-      FinishRow(p, s.batch_index, s.kv_head, s.first_row + row, d, sum, top, total,
-                state.offsets.sinks);
-      continue;
-    }
-    float* partial = Partial(p, w, s.slot, s.kv_head);
-    *reinterpret_cast<float4*>(partial + row * v_head_dim + d) = sum;
-    if (d == 0) {
-      float* states = partial + w.rows_per_block * v_head_dim;
-      states[row] = top;
-      states[w.rows_per_block + row] = total;
-    }
-  }
-}
-
-template <typename Core>
 JAX_ATTN_DEVICE void RunSegment(const SplitKvAttentionParams& p, const SplitWork& w,
                                 const Entry& entry, int kv_head, const KeyRange& keys, int64_t slot,
                                 BlockShared<Core>& state, char* shared) {
@@ -105,7 +62,11 @@ JAX_ATTN_DEVICE void RunSegment(const SplitKvAttentionParams& p, const SplitWork
   WaveFence();  // the last tile has been read; outputs take its place
   core.Finish(reinterpret_cast<float*>(ring), state.tops[wave], state.totals[wave]);
   __syncthreads();
-  MergeWaves(p, w, s, state, rings);
+  const WaveResults results{reinterpret_cast<const float*>(rings), w.wave_bytes / 4,
+                            static_cast<int>(p.v_head_dim), state.tops[0], state.totals[0]};
+  MergeWaves<Core::kShape.waves, Core::kShape.rows>(
+      p, w, entry, kv_head, slot, nullptr, results, static_cast<int>(p.v_head_dim), s.value_factor,
+      state.offsets.sinks, {static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)});
 }
 
 template <typename Core>
@@ -114,32 +75,18 @@ __global__ void __launch_bounds__(Core::kShape.waves* kWave, Core::kShape.matrix
   JAX_ATTN_DYNAMIC_SHARED(shared);
   __shared__ BlockShared<Core> state;
   AllowNextKernel();
-  const int num_heads = static_cast<int>(p.num_kv_heads);
-  const int group = blockIdx.x / num_heads, kv_head = blockIdx.x % num_heads;
-  if (w.cut != Cut::kShares) {
-    const Entry entry(p, w, group / w.max_splits);
-    const FixedSplits splits(w, entry.keys);
-    const int split = group % w.max_splits;
-    if (split >= splits.count) return;
-    RunSegment<Core>(p, w, entry, kv_head, splits.Split(entry.keys, split),
-                     splits.count == 1 ? -1 : group, state, shared);
-    return;
-  }
-  const bool writes = w.starts != nullptr && blockIdx.x == 0 && WaveIndex() == 0;
-  Place place = FindShare(p, w, group, writes);
-  for (bool first = true; place.units > 0; first = false) {
-    const Entry entry(p, w, place.entry);
-    const int units = entry.units(w);
-    const int taken = min(units - place.offset, place.units);
-    const int begin = entry.keys.begin + place.offset * w.unit_keys;
-    const KeyRange keys{begin, min(entry.keys.end, begin + taken * w.unit_keys)};
-    const int64_t slot = taken == units ? -1 : int64_t{2} * group + (first ? 0 : 1);
+  const int group = w.kv_heads.Divide(blockIdx.x);
+  const int kv_head = blockIdx.x - group * w.kv_heads.divisor();
+  Parts parts(p, w, group);
+  for (bool first = true; parts.More(); first = false) {
+    const Entry entry(p, w, parts.entry());
+    KeyRange keys;
+    int64_t slot;
+    if (!parts.Next(w, entry, keys, slot)) break;
     if (!first) __syncthreads();  // what the waves exchanged has been read
     RunSegment<Core>(p, w, entry, kv_head, keys, slot, state, shared);
-    place.units -= taken;
-    place.offset = 0;
-    ++place.entry;
   }
+  if (w.ends != nullptr && kv_head == 0 && threadIdx.x == 0) w.ends[group] = parts.End();
 }
 
 }  // namespace jax_attn::gpu

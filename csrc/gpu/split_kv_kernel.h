@@ -25,9 +25,55 @@ enum class Cut : int32_t {
   kSize,    // each entry is cut at multiples of `split_size` keys
 };
 
+// In the wider of both types: divisions of 32 bits are much faster on GPUs.
+template <typename A, typename B>
+constexpr int CeilDiv(A a, B b) {
+  return static_cast<int>((a + b - 1) / b);
+}
+
+// Divides by a number that is known before, in 4 instructions instead of 25 that wait for each
+// other. Dividends are from 0 to 2^31 - 1.
+class Divisor {
+ public:
+  constexpr Divisor() = default;
+  constexpr explicit Divisor(int64_t divisor) : divisor_(static_cast<int32_t>(divisor)) {
+    while ((int64_t{1} << shift_) < divisor) ++shift_;
+    factor_ = static_cast<uint32_t>(
+        (((uint64_t{1} << shift_) - static_cast<uint64_t>(divisor)) << 32) / divisor + 1);
+  }
+
+  constexpr int Divide(int x) const {
+    const uint32_t dividend = static_cast<uint32_t>(x);
+    const uint32_t high = static_cast<uint32_t>(uint64_t{dividend} * factor_ >> 32);
+    return static_cast<int>((high + dividend) >> shift_);
+  }
+  constexpr int Remainder(int x) const { return x - Divide(x) * divisor_; }
+  constexpr int divisor() const { return divisor_; }
+
+ private:
+  int32_t divisor_ = 1;
+  uint32_t factor_ = 1;
+  uint32_t shift_ = 0;
+};
+
+// The last entry of a share: what is needed to find the parts of an entry that begins there and
+// goes on in the next shares. In units, counted from the first of all entries.
+struct ShareEnd {
+  int32_t entry;
+  int32_t begin, end;
+  int32_t share;  // of each group
+};
+
 struct SplitWork {
   Cut cut = Cut::kShares;
+  bool uniform = true;  // all entries have the same keys
+  Divisor kv_heads;     // block index: group, kv head
+  Divisor units;        // of each entry, if uniform
+  int32_t share = 0;    // of a group, in units, if uniform
   int32_t num_groups = 0;
+  // Blocks of one kv head that follow each other in the grid, have one entry together and merge
+  // what they find. 1, or kMaxCluster in stream kernels.
+  int32_t cluster = 1;
   int32_t num_entries = 0;
   int32_t rows_per_block = 0;
   int32_t num_row_blocks = 0;
@@ -37,9 +83,15 @@ struct SplitWork {
   int64_t token_rows = 0;  // strides of keys and values in rows
   int64_t page_rows = 0;
   int64_t partial_stride = 0;  // floats of a partial result, one kv head
-  bool uniform = true;         // all entries have the same keys
-  int32_t* starts = nullptr;   // [num_entries + 1], in units; if not uniform and merged
+  ShareEnd* ends = nullptr;    // of each group; kShares, if merged
   float* partials = nullptr;   // [slot][kv head]; values [rows][v_head_dim], tops, totals
+  Divisor unit;                // unit_keys
+  Divisor row_blocks;          // num_row_blocks
+  Divisor groups;              // num_groups
+  Divisor splits;              // max_splits
+  Divisor split;               // split_size
+  Divisor rows;                // rows_per_block; block index of the merge: group and kv head, row
+  int32_t num_rows = 0;        // of a kv head
   int32_t wave_bytes = 0;      // shared memory of a wave
   int32_t query_bytes = 0;     // shared memory of the queries
   // If there are no more than one batch dimension: strides of operands, in the order of
@@ -58,6 +110,7 @@ struct SplitWork {
 
 struct KernelShape {
   bool matrix = false;  // matrix instructions, or multiply-adds
+  bool stream = false;  // tiles come through tensor maps: takes StreamParams
   bool extras = false;  // soft cap, bias, ALiBi, mask, scales of tokens
   int max_dim = 0;      // of head_dim and v_head_dim
   int rows = 0;         // query rows of a block
@@ -65,12 +118,6 @@ struct KernelShape {
   int stages = 0;       // tiles of a wave that are in shared memory
   int tile_keys = 0;    // keys of a wave's tile
 };
-
-// In the wider of both types: divisions of 32 bits are much faster on GPUs.
-template <typename A, typename B>
-constexpr int CeilDiv(A a, B b) {
-  return static_cast<int>((a + b - 1) / b);
-}
 
 // Bytes between rows of shared memory: an odd number of 16 bytes, so that the rows of a tile start
 // in different banks, and enough for whole matrix instructions.
@@ -138,6 +185,88 @@ constexpr KernelShape VectorShape(int max_dim, int rows, int element_bytes,
   shape.waves = WavesPerBlock(max_dim * element_bytes, through_registers);
   shape.stages = through_registers ? 1 : 3;
   shape.tile_keys = through_registers && max_dim * element_bytes > 1024 ? 8 : 16;
+  return shape;
+}
+
+// ---- Stream kernels
+
+// A device has room for half as many clusters of two blocks as it has cores, but not for a quarter
+// as many clusters of four.
+inline constexpr int kMaxCluster = 2;
+
+// What stream kernels need of a problem: few lines of parameters, since each is a wait in a block
+// that begins. Fields are called as in SplitKvAttentionParams.
+struct StreamParams {
+  struct NoShape {};  // there is one batch dimension at most
+  template <typename T>
+  struct Operand {
+    const T* data;  // null: absent
+    int64_t stride;
+
+    constexpr const T* At(const NoShape&, int64_t index) const { return data + stride * index; }
+  };
+  struct Sinks {
+    const float* data;
+  };
+
+  NoShape batch;
+  Causal causal;
+  int32_t query_len;
+  int32_t num_q_heads;
+  int32_t num_kv_heads;
+  int32_t kv_len;
+  Divisor group;      // query heads of a kv head
+  int32_t page_size;  // 0: dense
+  Divisor pages;      // by page_size
+  int32_t sliding_window;
+  float scale;
+  Operand<int32_t> kv_lengths;
+  Operand<int32_t> query_offset;
+  Operand<int32_t> page_table;
+  const int32_t* layer;  // null: there is one
+  int32_t num_pages;
+  int32_t num_layers;
+  int32_t kv_batch;  // 1 if each batch index has keys of its own, or 0
+  int32_t head_dim;
+  const void* query;
+  int64_t query_stride;
+  int32_t v_head_dim;
+  DType query_dtype;
+  Sinks sinks;
+  void* out;
+  float* lse;
+  bool lse_includes_sinks;
+};
+
+// Bytes between outputs that waves exchange; rows start in different banks.
+constexpr int StreamOutputStride(int dim) { return dim * 4 + 16; }
+
+// Shared memory of a stream kernel: rings, then what waves exchange at the end of an entry, then
+// barriers.
+constexpr int StreamStageBytes(const KernelShape& shape) {
+  return 2 * shape.tile_keys * shape.max_dim * 2;
+}
+constexpr int StreamRingBytes(const KernelShape& shape) {
+  return shape.waves * shape.stages * StreamStageBytes(shape);
+}
+constexpr int StreamOutputBytes(const KernelShape& shape) {
+  return shape.waves * shape.rows * StreamOutputStride(shape.max_dim);
+}
+constexpr int StreamSharedBytes(const KernelShape& shape) {
+  return StreamRingBytes(shape) + StreamOutputBytes(shape) + 2 * 4 * shape.waves * shape.rows +
+         8 * shape.waves * shape.stages;
+}
+
+// One block fills a core; its rings hold what a core must have under way.
+constexpr KernelShape StreamShape(int dim, int rows) {
+  KernelShape shape;
+  shape.matrix = true;
+  shape.stream = true;
+  shape.max_dim = dim;
+  shape.rows = rows;
+  shape.waves = dim > 128 ? 4 : 8;
+  shape.stages = dim > 64 ? (rows > 8 ? 2 : 3) : (rows > 8 ? 4 : 6);
+  shape.tile_keys = 16;
   return shape;
 }
 

@@ -1,7 +1,8 @@
 // Copyright 2026 The jax_attn Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// The kernels that are compiled, for host code. All take SplitKvAttentionParams and SplitWork.
+// The kernels that are compiled, for host code. All but stream kernels take SplitKvAttentionParams
+// and SplitWork.
 
 #ifndef JAX_ATTN_CSRC_GPU_SPLIT_KV_KERNELS_H_
 #define JAX_ATTN_CSRC_GPU_SPLIT_KV_KERNELS_H_
@@ -32,7 +33,12 @@ const void* MatrixKernelOf(const KernelShape& shape);
 template <DType kStored>
 const void* VectorKernelOf(const KernelShape& shape);
 
+// Stream kernels, of a type of queries, keys and values. They take two tensor maps, of keys and of
+// values, StreamParams and SplitWork.
+const void* StreamKernelOf(DType dtype, const KernelShape& shape);
+
 const void* MergeKernelOf();
+const void* StreamMergeKernelOf();
 inline constexpr int kMergeThreads = 128;  // columns of head_dim 512, by four
 
 }  // namespace jax_attn::gpu

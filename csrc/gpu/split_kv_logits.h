@@ -47,20 +47,20 @@ JAX_ATTN_DEVICE void DescribeRow(const SplitKvAttentionParams& p, const BatchOff
                                  const Entry& entry, int kv_head, int row, RowInfo& info) {
   info = RowInfo{};
   if (row >= entry.num_rows) return;  // sees no key
-  const int group = GroupSize(p);
-  const int query = (entry.first_row + row) / group;
-  const int head = kv_head * group + (entry.first_row + row) % group;
-  info.keys = VisibleKeys(p, entry.length, query);
-  info.position = QueryPosition(p, entry.length, query);
+  const int group = GroupSize(p), query = QueryOfRow(p, entry.first_row + row);
+  const int head = kv_head * group + entry.first_row + row - query * group;
+  info.keys = VisibleKeys(p, entry.context, query);
+  info.position = entry.context.first_query + query;
   if (p.alibi_slopes.data != nullptr) info.slope = p.alibi_slopes.data[at.alibi_slopes + head];
   info.bias = at.bias + head * p.bias.head_stride + query * p.bias.query_stride;
   info.mask = at.mask + head * p.mask.head_stride + query * p.mask.query_stride;
 }
 
 // Where a query row is read from, and an output row written to; in rows.
-JAX_ATTN_DEVICE int64_t RowIndex(const SplitKvAttentionParams& p, int kv_head, int row) {
-  const int group = GroupSize(p);
-  return static_cast<int64_t>(row / group) * p.num_q_heads + kv_head * group + row % group;
+template <typename Params>
+JAX_ATTN_DEVICE int64_t RowIndex(const Params& p, int kv_head, int row) {
+  const int group = GroupSize(p), query = QueryOfRow(p, row);
+  return static_cast<int64_t>(query) * p.num_q_heads + kv_head * group + row - query * group;
 }
 
 }  // namespace jax_attn::gpu

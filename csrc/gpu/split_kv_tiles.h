@@ -80,11 +80,9 @@ struct Segment {
         first_row(entry.first_row),
         num_rows(entry.num_rows),
         keys(keys),
+        common(entry.common),
         slot(slot),
         rows(rows) {
-    const int group = GroupSize(p);
-    common.begin = VisibleKeys(p, entry.length, (first_row + num_rows - 1) / group).begin;
-    common.end = VisibleKeys(p, entry.length, first_row / group).end;
     int64_t layer = 0;
     if (p.layer.data != nullptr) {
       layer = min(max(int64_t{p.layer.data[at.layer]}, int64_t{0}), p.num_layers - 1);

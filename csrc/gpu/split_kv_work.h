@@ -19,25 +19,48 @@ struct KeyRange {
   constexpr int size() const { return end > begin ? end - begin : 0; }
 };
 
+// `Params` is SplitKvAttentionParams or StreamParams.
+
 // By a division of 32 bits, which takes a third of the time.
 JAX_ATTN_DEVICE int GroupSize(const SplitKvAttentionParams& p) {
   return static_cast<int>(p.num_q_heads) / static_cast<int>(p.num_kv_heads);
 }
 
-JAX_ATTN_DEVICE int ContextLength(const SplitKvAttentionParams& p, int64_t batch_index) {
-  const int longest = static_cast<int>(p.kv_len);
-  if (p.kv_lengths.data == nullptr) return longest;
-  return min(max(*p.kv_lengths.At(p.batch, batch_index), 0), longest);
-}
+JAX_ATTN_DEVICE int GroupSize(const StreamParams& p) { return p.group.divisor(); }
 
-JAX_ATTN_DEVICE int QueryPosition(const SplitKvAttentionParams& p, int length, int query) {
-  return p.causal == Causal::kTopLeft ? query : length - static_cast<int>(p.query_len) + query;
+// The query of a row of a kv head. Most problems have one.
+JAX_ATTN_DEVICE int QueryOfRow(const SplitKvAttentionParams& p, int row) {
+  return p.query_len == 1 ? 0 : row / GroupSize(p);
+}
+JAX_ATTN_DEVICE int QueryOfRow(const StreamParams& p, int row) { return p.group.Divide(row); }
+
+// The keys that a sequence has, and the position of its first query among them, or outside.
+struct Context {
+  int length;
+  int first_query;
+};
+
+template <typename Params>
+JAX_ATTN_DEVICE Context ContextOf(const Params& p, int64_t batch_index) {
+  Context context{static_cast<int>(p.kv_len), 0};
+  if (p.kv_lengths.data != nullptr) {
+    context.length = min(max(*p.kv_lengths.At(p.batch, batch_index), 0), context.length);
+  }
+  if (p.query_offset.data != nullptr) {
+    // So far outside that no sum with it leaves 32 bits.
+    constexpr int kFar = 1 << 30;
+    context.first_query = min(max(*p.query_offset.At(p.batch, batch_index), -kFar), kFar);
+  } else if (p.causal != Causal::kTopLeft) {
+    context.first_query = context.length - static_cast<int>(p.query_len);
+  }
+  return context;
 }
 
 // Keys that a query may see by length, causality and window.
-JAX_ATTN_DEVICE KeyRange VisibleKeys(const SplitKvAttentionParams& p, int length, int query) {
-  const int position = QueryPosition(p, length, query);
-  KeyRange keys{0, length};
+template <typename Params>
+JAX_ATTN_DEVICE KeyRange VisibleKeys(const Params& p, const Context& context, int query) {
+  const int position = context.first_query + query;
+  KeyRange keys{0, context.length};
   if (p.causal != Causal::kNone) keys.end = min(keys.end, position + 1);
   if (p.sliding_window != 0) {
     keys.begin = max(keys.begin, position - static_cast<int>(p.sliding_window) + 1);
@@ -45,27 +68,37 @@ JAX_ATTN_DEVICE KeyRange VisibleKeys(const SplitKvAttentionParams& p, int length
   return keys;
 }
 
-struct Entry {
+// The rows of an entry.
+struct EntryRows {
   int64_t batch_index;
   int first_row, num_rows;
-  int length;
-  KeyRange keys;  // that some row sees
 
-  JAX_ATTN_DEVICE Entry(const SplitKvAttentionParams& p, const SplitWork& w, int index)
-      : batch_index(index / w.num_row_blocks) {
-    const int group = GroupSize(p);
-    const int all_rows = static_cast<int>(p.query_len) * group;
-    first_row = index % w.num_row_blocks * w.rows_per_block;
-    num_rows = min(w.rows_per_block, all_rows - first_row);
-    length = ContextLength(p, batch_index);
+  EntryRows() = default;
+  template <typename Params>
+  JAX_ATTN_DEVICE EntryRows(const Params&, const SplitWork& w, int index)
+      : batch_index(w.row_blocks.Divide(index)),
+        first_row((index - static_cast<int>(batch_index) * w.num_row_blocks) * w.rows_per_block),
+        num_rows(min(w.rows_per_block, w.num_rows - first_row)) {}
+};
+
+struct Entry : EntryRows {
+  Context context;
+  KeyRange keys;    // that some row sees
+  KeyRange common;  // that all rows see, but for the mask
+
+  template <typename Params>
+  JAX_ATTN_DEVICE Entry(const Params& p, const SplitWork& w, int index)
+      : EntryRows(p, w, index), context(ContextOf(p, batch_index)) {
     // Both ends of what a query sees move forward with the query.
-    keys.begin = VisibleKeys(p, length, first_row / group).begin;
-    keys.end = VisibleKeys(p, length, (first_row + num_rows - 1) / group).end;
+    const KeyRange first = VisibleKeys(p, context, QueryOfRow(p, first_row));
+    const KeyRange last = VisibleKeys(p, context, QueryOfRow(p, first_row + num_rows - 1));
+    keys = {first.begin, last.end};
+    common = {last.begin, first.end};
   }
 
   // Units of keys; an entry without keys has one, since its rows must be written too.
   JAX_ATTN_DEVICE int units(const SplitWork& w) const {
-    return max(1, CeilDiv(keys.size(), w.unit_keys));
+    return max(1, w.unit.Divide(keys.size() + w.unit_keys - 1));
   }
 };
 
@@ -73,24 +106,42 @@ struct Entry {
 struct FixedSplits {
   int first_end;  // of the first split
   int size;
-  int count;
+  KeyRange keys;  // of the entry
 
-  JAX_ATTN_DEVICE FixedSplits(const SplitWork& w, const KeyRange& keys) {
+  JAX_ATTN_DEVICE FixedSplits(const SplitWork& w, const KeyRange& keys) : keys(keys) {
     if (w.cut == Cut::kSize) {
       // At multiples of the size, wherever the visible keys begin.
-      size = static_cast<int>(w.split_size);
-      first_end = (keys.begin / size + 1) * size;
+      size = w.split.divisor();
+      first_end = (w.split.Divide(keys.begin) + 1) * size;
     } else {
-      size = max(1, CeilDiv(CeilDiv(keys.size(), w.max_splits), 16)) * 16;
+      size = max(1, CeilDiv(w.splits.Divide(keys.size() + w.max_splits - 1), 16)) * 16;
       first_end = keys.begin + size;
     }
-    count = keys.end <= first_end ? 1 : 1 + CeilDiv(keys.end - first_end, size);
   }
 
-  JAX_ATTN_DEVICE KeyRange Split(const KeyRange& keys, int i) const {
+  JAX_ATTN_DEVICE int count() const {
+    return keys.end <= first_end ? 1 : 1 + CeilDiv(keys.end - first_end, size);
+  }
+  JAX_ATTN_DEVICE KeyRange Split(int i) const {
     return {i == 0 ? keys.begin : first_end + (i - 1) * size, min(keys.end, first_end + i * size)};
   }
 };
+
+JAX_ATTN_DEVICE int SumOfLanesBefore(int x) {
+  int sum = x;
+#pragma unroll
+  for (int d = 1; d < kWave; d *= 2) {
+    const int before = ShuffleUp(sum, d);
+    if (Lane() >= d) sum += before;
+  }
+  return sum - x;
+}
+
+// The first lane that says so; kWave if none does.
+JAX_ATTN_DEVICE int FirstLane(bool x) {
+  const uint64_t lanes = Ballot(x);
+  return lanes == 0 ? kWave : __ffsll(static_cast<unsigned long long>(lanes)) - 1;
+}
 
 // Where a share begins.
 struct Place {
@@ -100,69 +151,104 @@ struct Place {
   int units = 0;   // of this share
 };
 
-// Finds the share of a group; every lane of the wave calls it. The first group writes down where
-// entries start if `writes`. Without units there is none.
-JAX_ATTN_DEVICE Place FindShare(const SplitKvAttentionParams& p, const SplitWork& w, int group,
-                                bool writes) {
+// Finds the share of a group; every lane of the wave calls it. Without units there is none.
+template <typename Params>
+JAX_ATTN_DEVICE Place FindShare(const Params& p, const SplitWork& w, int group) {
   Place place;
   if (w.uniform) {
-    const int units = Entry(p, w, 0).units(w);
-    const int total = units * w.num_entries;
-    place.share = CeilDiv(total, w.num_groups);
+    place.share = w.share;
     const int start = group * place.share;
-    place.entry = start / units;
-    place.offset = start % units;
-    place.units = min(place.share, total - start);
+    place.entry = w.units.Divide(start);
+    place.offset = start - place.entry * w.units.divisor();
+    place.units = min(place.share, w.units.divisor() * w.num_entries - start);
     return place;
   }
-  const int lane = Lane();
-  // Lengths of several rounds are asked for at once.
-  constexpr int kAtOnce = 4;
-  int64_t total = 0;
-  // First all units are counted, then those before the share.
-  for (int round = 0; round < 2; ++round) {
-    const int64_t start = static_cast<int64_t>(group) * place.share;
-    int64_t base = 0;
-#pragma unroll 1
-    for (int several = 0; several < w.num_entries; several += kAtOnce * kWave) {
-      int units[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int index = several + i * kWave + lane;
-        units[i] = index < w.num_entries ? Entry(p, w, index).units(w) : 0;
-      }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int first = several + i * kWave;
-        if (first >= w.num_entries) break;
-        int sum = units[i];
-#pragma unroll
-        for (int d = 1; d < kWave; d *= 2) {
-          const int before = ShuffleUp(sum, d);
-          if (lane >= d) sum += before;
-        }
-        if (round == 0) {
-          if (writes && first + lane < w.num_entries) {
-            w.starts[first + lane] = static_cast<int>(base) + sum - units[i];
-          }
-        } else if (const uint64_t here = Ballot(base + sum > start); here != 0) {
-          const int found = __ffsll(static_cast<unsigned long long>(here)) - 1;
-          place.entry = first + found;
-          place.offset = static_cast<int>(start - base) - Broadcast(sum - units[i], found);
-          return place;
-        }
-        base += Broadcast(sum, kWave - 1);
-      }
+  // Without branches, so that lengths are asked for together.
+  const auto count = [&](int i, int end) {
+    const int units = Entry(p, w, min(i, w.num_entries - 1)).units(w);
+    return i < end ? units : 0;
+  };
+  // Each lane counts entries that follow each other.
+  const int lane = Lane(), per_lane = CeilDiv(w.num_entries, kWave);
+  int own = 0;
+#pragma unroll 4
+  for (int i = 0; i < per_lane; ++i) own += count(lane * per_lane + i, w.num_entries);
+  int sum = SumOfLanesBefore(own);
+  const int total = Broadcast(sum + own, kWave - 1);
+  place.share = w.groups.Divide(total + w.num_groups - 1);
+  const int64_t start = static_cast<int64_t>(group) * place.share;
+  place.units = static_cast<int>(min(static_cast<int64_t>(place.share), total - start));
+  if (place.units <= 0) return place;
+  // The share begins in the entries of this lane, which all lanes look through.
+  int found = FirstLane(sum + own > start), base = Broadcast(sum, found);
+  place.entry = found * per_lane;
+  if (per_lane > 1) {
+    const int end = min(place.entry + per_lane, w.num_entries);
+    for (;; place.entry += kWave) {
+      own = count(place.entry + lane, end);
+      sum = base + SumOfLanesBefore(own);
+      found = FirstLane(sum + own > start);
+      if (found < kWave) break;
+      base = Broadcast(sum + own, kWave - 1);
     }
-    total = base;
-    if (writes && lane == 0) w.starts[w.num_entries] = static_cast<int>(total);
-    place.share = CeilDiv(total, w.num_groups);
-    const int64_t rest = total - static_cast<int64_t>(group) * place.share;
-    place.units = static_cast<int>(min(static_cast<int64_t>(place.share), rest));
-    if (place.units <= 0) break;
+    place.entry += found;
+    base = Broadcast(sum, found);
   }
+  place.offset = static_cast<int>(start - base);
   return place;
 }
+
+// The parts of entries that a group works on, one after the other.
+class Parts {
+ public:
+  template <typename Params>
+  JAX_ATTN_DEVICE Parts(const Params& p, const SplitWork& w, int group) : group_(group) {
+    if (w.cut == Cut::kShares) {
+      place_ = FindShare(p, w, group);
+    } else {
+      place_.entry = w.splits.Divide(group);
+      place_.units = 1;
+    }
+  }
+
+  JAX_ATTN_DEVICE bool More() const { return place_.units > 0; }
+  JAX_ATTN_DEVICE int entry() const { return place_.entry; }
+
+  // Goes on to the next part, of `entry`: its keys, and the slot of its partial result, which is
+  // negative if these are all keys of the entry. False if the entry has no such part.
+  JAX_ATTN_DEVICE bool Next(const SplitWork& w, const Entry& entry, KeyRange& keys, int64_t& slot) {
+    if (w.cut != Cut::kShares) {
+      const FixedSplits splits(w, entry.keys);
+      const int split = w.splits.Remainder(group_);
+      keys = splits.Split(split);
+      slot = entry.keys.end <= splits.first_end ? -1 : group_;
+      place_.units = 0;
+      return split == 0 || keys.begin < keys.end;
+    }
+    units_ = entry.units(w);
+    const int taken = min(units_ - place_.offset, place_.units);
+    const int begin = entry.keys.begin + place_.offset * w.unit_keys;
+    keys = {begin, min(entry.keys.end, begin + taken * w.unit_keys)};
+    slot = taken == units_ ? -1 : int64_t{2} * group_ + (done_ == 0 ? 0 : 1);
+    begin_ = group_ * place_.share + done_ - place_.offset;
+    done_ += taken;
+    place_.units -= taken;
+    place_.offset = 0;
+    ++place_.entry;
+    return true;
+  }
+
+  // Of the share, once there are no more parts.
+  JAX_ATTN_DEVICE ShareEnd End() const {
+    return {place_.entry - 1, begin_, begin_ + units_, place_.share};
+  }
+
+ private:
+  int group_;
+  Place place_;
+  int done_ = 0;               // units of the parts before
+  int begin_ = 0, units_ = 0;  // of the last entry, counted from the first of all
+};
 
 // ---- Addresses
 

@@ -4,6 +4,7 @@
 #include "split_plan.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "split_kv_kernels.h"
 
@@ -20,6 +21,16 @@ constexpr double kMerge = 4500;       // a merge kernel
 constexpr double kColdMerge = 8500;   // if keys have thrown its instructions out of the L2 cache
 constexpr double kCacheBytes = 32e6;
 constexpr double kMergePerSplit = 20;
+
+// The same of stream kernels. Half of the cores read nearly as fast as all.
+constexpr double kStreamPerCore = 63;
+constexpr double kStreamStart = 2500;
+constexpr double kStreamNextEntry = 200;
+constexpr double kStreamMerge = 3500;
+constexpr double kStreamNoMerge = 1100;  // if it finds that nothing was cut
+constexpr double kStreamCluster = 2200;  // if blocks merge by themselves
+
+constexpr int64_t kMaxPages = int64_t{1} << 31;  // that a tensor map can tell apart
 
 // What the runtime keeps for itself of a block's shared memory, and static arrays.
 constexpr int64_t kReservedShared = 3 * 1024;
@@ -50,6 +61,29 @@ KernelShape ChooseMatrix(const SplitKvAttentionParams& p) {
                      kCopiesThroughRegisters);
 }
 
+// The stream kernel for a problem; without rows if there is none.
+KernelShape ChooseStream(const SplitKvAttentionParams& p, const Device& device) {
+  const KernelShape matrix = ChooseMatrix(p);
+  const bool plain = Is16Bit(p.key.dtype) && matrix.rows != 0 && !matrix.extras &&
+                     p.k_scale.data == nullptr && p.v_scale.data == nullptr;
+  if (!device.tensor_maps || !plain || p.batch.num_dims > 1) return {};
+  if (p.kv_len == 0 || p.num_pages * std::max<int64_t>(1, p.num_layers) >= kMaxPages) return {};
+  if (p.head_dim != p.v_head_dim || p.head_dim != matrix.max_dim || p.head_dim > 256) return {};
+  // There are no registers for so many accumulators.
+  if (p.head_dim == 256 && matrix.rows > kMatrixRows[0]) return {};
+  const KernelShape shape = StreamShape(matrix.max_dim, matrix.rows);
+  // A tile has keys of one page.
+  if (p.page_size % shape.tile_keys != 0) return {};
+  // Tensor maps have one stride for the batch, and none of 0.
+  const int64_t k_stride = p.key.batch.strides[0], v_stride = p.value.batch.strides[0];
+  if ((k_stride == 0) != (v_stride == 0)) return {};
+  const auto is_aligned = [](const KvOperand& x) {
+    return reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
+  };
+  if (!is_aligned(p.key) || !is_aligned(p.value)) return {};
+  return StreamSharedBytes(shape) <= device.shared_per_block ? shape : KernelShape{};
+}
+
 KernelShape ChooseVector(const SplitKvAttentionParams& p) {
   const int64_t dim = std::max(p.head_dim, p.v_head_dim);
   const int64_t rows = p.query_len * p.group_size();
@@ -68,7 +102,9 @@ KernelShape ChooseVector(const SplitKvAttentionParams& p) {
 // Keys that a context of full length makes an entry read.
 int64_t KeysPerEntry(const SplitKvAttentionParams& p) {
   int64_t keys = p.kv_len;
-  if (p.causal == Causal::kTopLeft) keys = std::min(keys, p.query_len);
+  if (p.causal == Causal::kTopLeft && p.query_offset.data == nullptr) {
+    keys = std::min(keys, p.query_len);
+  }
   if (p.sliding_window != 0) keys = std::min(keys, p.sliding_window + p.query_len - 1);
   return keys;
 }
@@ -82,7 +118,11 @@ int64_t BlocksPerCore(const SplitPlan& plan, const Device& device) {
                              kMaxBlocksPerCore);
 }
 
-int64_t StartsSize(const SplitWork& w) { return (w.num_entries + 1 + 3) / 4 * 4; }
+// Whether the blocks that have an entry merge what they find by themselves.
+bool FormsClusters(const SplitPlan& plan, int64_t units, int64_t share) {
+  return plan.shape.stream && plan.shape.rows == kMatrixRows[0] && plan.work.uniform &&
+         units == share * kMaxCluster;
+}
 
 int64_t PlanGroups(const SplitKvAttentionParams& p, const SplitPlan& plan, const Device& device) {
   const int64_t total = UnitsPerEntry(p, plan.work) * plan.work.num_entries;
@@ -107,11 +147,16 @@ void CutIntoShares(const SplitKvAttentionParams& p, int64_t num_groups, SplitPla
   const int64_t share = (total + num_groups - 1) / num_groups;
   w.cut = Cut::kShares;
   w.num_groups = CeilDiv(total, share);
+  w.groups = Divisor(w.num_groups);
+  w.units = Divisor(units);
+  w.share = static_cast<int32_t>(share);
   plan.num_splits = CeilDiv(units, share);
+  w.cluster = FormsClusters(plan, units, share) ? kMaxCluster : 1;
   // Where lengths differ from what is planned for, shares end anywhere.
-  plan.merges = w.num_groups > 1 && !(w.uniform && share % units == 0);
-  plan.workspace_size =
-      plan.merges ? StartsSize(w) + 2 * w.num_groups * p.num_kv_heads * w.partial_stride : 0;
+  plan.merges = w.num_groups > 1 && w.cluster == 1 && !(w.uniform && share % units == 0);
+  plan.workspace_size = plan.merges ? (w.uniform ? 0 : EndsSize(w)) +
+                                          w.num_slots() * p.num_kv_heads * w.partial_stride
+                                    : 0;
 }
 
 double EstimateTime(const SplitKvAttentionParams& p, const SplitPlan& plan, const Device& device,
@@ -123,8 +168,25 @@ double EstimateTime(const SplitKvAttentionParams& p, const SplitPlan& plan, cons
       static_cast<double>(int64_t{w.unit_keys} * (p.head_dim + p.v_head_dim) * SizeOf(p.key.dtype));
   const double blocks = static_cast<double>(CeilDiv(static_cast<int64_t>(total), share)) *
                         static_cast<double>(p.num_kv_heads);
-  const double per_core = static_cast<double>(BlocksPerCore(plan, device));
   const double cores = device.num_cores;
+  const bool cuts = share % static_cast<int64_t>(units) != 0;
+  const bool merges = num_groups > 1 && (cuts || !w.uniform);
+  const double splits = static_cast<double>(CeilDiv(static_cast<int64_t>(units), share));
+  const double entries_per_share = static_cast<double>(share) / units;
+  if (plan.shape.stream) {
+    // Blocks come in rounds, one a core; few of them do not reach the rate of all.
+    const double rounds = std::ceil(blocks / cores);
+    const double busy = std::min(blocks, cores);
+    const double rate =
+        std::min(kStreamPerCore * busy, kBytesPerCore * cores * (0.84 + 0.15 * busy / cores));
+    const double bytes = busy * static_cast<double>(share) * unit_bytes;
+    const double merge = FormsClusters(plan, static_cast<int64_t>(units), share) ? kStreamCluster
+                         : cuts ? kStreamMerge + kMergePerSplit * splits
+                                : kStreamNoMerge;
+    return rounds * (kStreamStart + bytes / rate) +
+           kStreamNextEntry * std::max(0.0, entries_per_share - 1) + (merges ? merge : 0);
+  }
+  const double per_core = static_cast<double>(BlocksPerCore(plan, device));
   // One wave of blocks after the other; in the last, cores have fewer.
   const int64_t at_once = static_cast<int64_t>(cores * per_core);
   const int64_t waves = CeilDiv(static_cast<int64_t>(blocks), at_once);
@@ -138,13 +200,10 @@ double EstimateTime(const SplitKvAttentionParams& p, const SplitPlan& plan, cons
     const double rate = std::min(busiest * in_flight / kLatency, kBytesPerCore);
     return busiest * static_cast<double>(share) * unit_bytes / rate;
   };
-  const double entries_per_share = static_cast<double>(share) / units;
   double time = kStart +
                 (static_cast<double>(waves - 1)) * wave_time(static_cast<double>(at_once)) +
                 wave_time(last) + kNextEntry * std::max(0.0, entries_per_share - 1) / per_core;
-  const bool merges = num_groups > 1 && !(w.uniform && share % static_cast<int64_t>(units) == 0);
   if (merges) {
-    const double splits = static_cast<double>(CeilDiv(static_cast<int64_t>(units), share));
     time += (total * unit_bytes * static_cast<double>(p.num_kv_heads) > kCacheBytes ? kColdMerge
                                                                                     : kMerge) +
             kMergePerSplit * splits;
@@ -155,8 +214,13 @@ double EstimateTime(const SplitKvAttentionParams& p, const SplitPlan& plan, cons
 SplitPlan PlanSplits(const SplitKvAttentionParams& p, std::string_view variant,
                      const Device& device, int64_t workspace_limit) {
   SplitPlan plan;
-  if (variant != "vector") plan.shape = ChooseMatrix(p);
-  if (plan.shape.rows == 0 && variant != "matrix") plan.shape = ChooseVector(p);
+  if (variant.empty() || variant == "stream") plan.shape = ChooseStream(p, device);
+  if (plan.shape.rows == 0 && (variant.empty() || variant == "matrix")) {
+    plan.shape = ChooseMatrix(p);
+  }
+  if (plan.shape.rows == 0 && (variant.empty() || variant == "vector")) {
+    plan.shape = ChooseVector(p);
+  }
   const KernelShape& shape = plan.shape;
   if (shape.rows == 0) return plan;
   plan.possible = true;
@@ -168,7 +232,12 @@ SplitPlan PlanSplits(const SplitKvAttentionParams& p, std::string_view variant,
   w.rows_per_block = CeilDiv(rows, w.num_row_blocks);
   w.num_row_blocks = CeilDiv(rows, w.rows_per_block);
   w.num_entries = static_cast<int32_t>(p.batch.count * w.num_row_blocks);
+  w.num_rows = static_cast<int32_t>(rows);
+  w.kv_heads = Divisor(p.num_kv_heads);
+  w.row_blocks = Divisor(w.num_row_blocks);
+  w.rows = Divisor(w.rows_per_block);
   w.unit_keys = shape.waves * shape.tile_keys;
+  w.unit = Divisor(w.unit_keys);
   w.token_rows = p.head_dim == 0 ? 0 : p.key.token_stride / p.head_dim;
   w.page_rows = p.head_dim == 0 ? 0 : p.key.page_stride / p.head_dim;
   w.partial_stride = (w.rows_per_block * (p.v_head_dim + 2) + 3) / 4 * 4;
@@ -183,8 +252,10 @@ SplitPlan PlanSplits(const SplitKvAttentionParams& p, std::string_view variant,
     w.one_batch_dim = true;
     for (int i = 0; i < 11; ++i) w.batch_strides[i] = batches[i]->strides[0];
   }
-  w.uniform = p.kv_lengths.data == nullptr && w.num_row_blocks == 1;
-  plan.shared_bytes = SharedBytes(shape, p.head_dim, p.v_head_dim, element_bytes);
+  w.uniform =
+      p.kv_lengths.data == nullptr && p.query_offset.data == nullptr && w.num_row_blocks == 1;
+  plan.shared_bytes = shape.stream ? StreamSharedBytes(shape)
+                                   : SharedBytes(shape, p.head_dim, p.v_head_dim, element_bytes);
 
   if (p.num_splits != 0 || p.split_size != 0) {
     w.cut = p.split_size != 0 ? Cut::kSize : Cut::kCount;
@@ -193,6 +264,8 @@ SplitPlan PlanSplits(const SplitKvAttentionParams& p, std::string_view variant,
                                              : std::min(p.num_splits, (p.kv_len + 15) / 16);
     w.max_splits = static_cast<int32_t>(std::max<int64_t>(1, splits));
     w.num_groups = w.num_entries * w.max_splits;
+    w.splits = Divisor(w.max_splits);
+    if (p.split_size != 0) w.split = Divisor(w.split_size);
     plan.num_splits = w.max_splits;
     plan.merges = w.max_splits > 1;
     if (plan.merges) {

@@ -17,17 +17,25 @@
 namespace jax_attn::gpu {
 
 // Names of the variants, as in the attribute of the call.
-inline constexpr std::string_view kVariants[] = {"matrix", "vector"};
+inline constexpr std::string_view kVariants[] = {"stream", "matrix", "vector"};
 
 struct SplitPlan {
   bool possible = false;  // the variant that was asked for can do it
   KernelShape shape;
+  std::string_view variant() const {
+    return shape.stream ? "stream" : shape.matrix ? "matrix" : "vector";
+  }
   SplitWork work;
   bool merges = false;         // a merge kernel follows
   int64_t shared_bytes = 0;    // of a block
   int64_t num_splits = 1;      // of a context of full length
   int64_t workspace_size = 0;  // floats
 };
+
+// Floats before partial results, for the ends of shares.
+constexpr int64_t EndsSize(const SplitWork& w) {
+  return static_cast<int64_t>(sizeof(ShareEnd) / sizeof(float)) * w.num_groups;
+}
 
 // Plans `p`, of which data is not read; `variant` is one of kVariants or empty for the best. With
 // less workspace there are fewer splits, as far as they are planned.

@@ -15,6 +15,7 @@
 #include <hip/hip_runtime.h>
 #else
 #define JAX_ATTN_NVIDIA 1
+#include <cuda.h>
 #include <cuda_runtime.h>
 #endif
 
@@ -53,18 +54,73 @@ struct Device {
   int wave_size = 32;
   int64_t shared_per_core = 228 * 1024;
   int64_t shared_per_block = 227 * 1024;
+  bool tensor_maps = JAX_ATTN_NVIDIA;  // copies through tensor maps
 };
+
+#if JAX_ATTN_NVIDIA
+using TensorMap = CUtensorMap;
+using EncodeTensorMap = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's function, found at run time so that nothing links to the driver. Null without it.
+inline EncodeTensorMap FindEncodeTensorMap() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  const Error error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                       cudaEnableDefault, &found);
+  if (error != cudaSuccess) ClearLastError();
+  return error == cudaSuccess && found == cudaDriverEntryPointSuccess
+             ? reinterpret_cast<EncodeTensorMap>(function)
+             : nullptr;
+}
+#else
+struct alignas(64) TensorMap {
+  uint64_t words[16];
+};
+#endif
+
+// A tensor of 16-bit elements. The innermost dimension has 64 of them, which are consecutive.
+struct TensorShape {
+  const void* data = nullptr;
+  uint64_t sizes[4] = {};    // of the other dimensions
+  uint64_t strides[4] = {};  // bytes
+  uint32_t box[4] = {};      // what one copy takes of them
+};
+
+// Describes a tensor for copies that scatter pieces of 16 bytes over the banks of shared memory:
+// see TensorCopy. Whether that is possible.
+inline bool MakeTensorMap(const TensorShape& shape, TensorMap& map) {
+#if JAX_ATTN_NVIDIA
+  static const EncodeTensorMap encode = FindEncodeTensorMap();
+  if (encode == nullptr) return false;
+  cuuint64_t sizes[5] = {64}, strides[4];
+  cuuint32_t box[5] = {64}, steps[5] = {1, 1, 1, 1, 1};
+  for (int i = 0; i < 4; ++i) {
+    sizes[i + 1] = shape.sizes[i];
+    strides[i] = shape.strides[i];
+    box[i + 1] = shape.box[i];
+  }
+  // Asking L2 for more than a copy needs makes it 10 % slower.
+  return encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, const_cast<void*>(shape.data), sizes,
+                strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+#else
+  (void)shape;
+  (void)map;
+  return false;
+#endif
+}
 
 // The current device; an error leaves `device` as it is, that of a usual machine.
 inline Error GetDevice(Device& device) {
-  int index = 0, cores = 0, wave = 0, per_core = 0, per_block = 0;
+  int index = 0, cores = 0, wave = 0, per_core = 0, per_block = 0, major = 0;
 #if JAX_ATTN_NVIDIA
   Error error = cudaGetDevice(&index);
   const std::pair<int*, cudaDeviceAttr> attributes[] = {
       {&cores, cudaDevAttrMultiProcessorCount},
       {&wave, cudaDevAttrWarpSize},
       {&per_core, cudaDevAttrMaxSharedMemoryPerMultiprocessor},
-      {&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin}};
+      {&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin},
+      {&major, cudaDevAttrComputeCapabilityMajor}};
   for (const auto& [value, attribute] : attributes) {
     if (error == kSuccess) error = cudaDeviceGetAttribute(value, attribute, index);
   }
@@ -87,6 +143,7 @@ inline Error GetDevice(Device& device) {
   device.wave_size = wave;
   device.shared_per_core = per_core;
   device.shared_per_block = per_block;
+  device.tensor_maps = JAX_ATTN_NVIDIA && major >= 9;
   return kSuccess;
 }
 
@@ -97,6 +154,7 @@ struct LaunchShape {
   // The kernel may start before the previous one of the stream ends, and waits for it by itself
   // (WaitForPreviousKernel). Where the device cannot do that it starts afterwards.
   bool overlaps_previous = false;
+  unsigned cluster = 1;  // blocks that run at the same time and see each other's shared memory
 };
 
 // Launches on the given stream; nothing else, so that the call can be captured in a graph.
@@ -111,16 +169,23 @@ inline Error Launch(const void* kernel, const LaunchShape& shape, Stream stream,
       return error;
     }
   }
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2];
+  unsigned count = 0;
+  if (shape.overlaps_previous) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (shape.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {shape.cluster, 1, 1};
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(shape.blocks);
   config.blockDim = dim3(shape.threads);
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = shape.overlaps_previous ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   const Error error = cudaLaunchKernelExC(&config, kernel, args);
 #else
   const Error error = hipLaunchKernel(kernel, dim3(shape.blocks), dim3(shape.threads), args,

@@ -178,12 +178,16 @@ def kernel_plan(
         heads_first=heads_first,
         num_splits=options.num_splits or 0,
         split_size=options.split_size or 0,
-        **({} if platform == "cpu" else _features(avals, options)),
+        **({} if platform == "cpu" else _features(avals, out_shape, options)),
     )
 
 
-def _features(avals: Mapping[str, Any], options: Options) -> dict[str, Any]:
+def _features(
+    avals: Mapping[str, Any], out_shape: Sequence[int], options: Options
+) -> dict[str, Any]:
     """What a GPU plan depends on besides shapes: it chooses the kernel, and sees no lengths."""
+    token_axis = -2 if options.page_layout == "HND" else -3
+    page_size = avals["key"].shape[token_axis] if options.page_layout is not None else 0
     per_token = 3 + options.has_layers
     token_scales = {
         name: name in avals and options.rank(name) == per_token for name in ("k_scale", "v_scale")
@@ -195,10 +199,14 @@ def _features(avals: Mapping[str, Any], options: Options) -> dict[str, Any]:
         "variant": options.variant,
         "causal": _CAUSAL_CODE[options.causal],
         "sliding_window": options.sliding_window or 0,
+        "num_batch_dims": len(out_shape) - 3,
+        "page_size": page_size,
         "has_lengths": "kv_lengths" in avals,
+        "has_query_offset": "query_offset" in avals,
         "has_extras": any(name in avals for name in extras)
         or any(token_scales.values())
         or options.logits_soft_cap is not None,
+        "has_scales": "k_scale" in avals or "v_scale" in avals,
         "has_v_token_scale": token_scales["v_scale"],
     }
 
