@@ -6,7 +6,7 @@
 
 PYTHON ?= python3
 VENV := .venv
-CXX_FILES := $(shell find csrc tests/native -name '*.h' -o -name '*.cc')
+CXX_FILES := $(shell find csrc tests/native tests/gpu_on_cpu -name '*.h' -o -name '*.cc')
 SOURCES := pyproject.toml CMakeLists.txt $(filter csrc/%,$(CXX_FILES))
 
 .PHONY: demo test lint clean

@@ -20,6 +20,12 @@ import support  # noqa: E402  (found through the path above)
 
 def pytest_addoption(parser):
     parser.addoption("--fuzz", type=int, default=200, metavar="N", help="number of random problems")
+    parser.addoption(
+        "--gpu-on-cpu",
+        default=TESTS.parent / "build" / "gpu_on_cpu",
+        metavar="DIRECTORY",
+        help="where .ci/gpu_on_cpu built the GPU kernels that run on the CPU",
+    )
 
 
 @pytest.fixture(params=support.IMPLEMENTATIONS)

@@ -59,12 +59,8 @@ JAX_ATTN_DEVICE float FromByte(uint32_t code) {
     const uint32_t sign = (code & 0x80u) << 24, magnitude = code & 0x7fu;
     if constexpr (kDType == DType::kFloat8E4M3FN || kDType == DType::kFloat8E4M3FNUZ) {
       constexpr bool kIsFn = kDType == DType::kFloat8E4M3FN;
-      // The exponents of float32 are larger by 127 - 7 or 127 - 8. Subnormal codes are the distance
-      // from a power of two; no float32 on the way is subnormal.
-      constexpr uint32_t kBias = (kIsFn ? 120u : 119u) << 23;
-      const float least = BitsFloat(kBias + (1u << 23));
-      const float x = magnitude < 8 ? BitsFloat((magnitude << 20) + kBias + (1u << 23)) - least
-                                    : BitsFloat((magnitude << 20) + kBias);
+      // The exponents of float16 have one bit more, and a bias larger by 15 - 7 or 15 - 8.
+      const float x = FromFloat16(magnitude << 7) * (kIsFn ? 256.0f : 128.0f);
       const bool is_nan = kIsFn ? magnitude == 0x7fu : code == 0x80u;
       return is_nan ? BitsFloat(0x7fc00000u) : BitsFloat(FloatBits(x) | sign);
     } else {

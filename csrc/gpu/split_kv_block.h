@@ -37,7 +37,8 @@ JAX_ATTN_DEVICE void RunSegment(const SplitKvAttentionParams& p, const SplitWork
   __syncthreads();
   const Segment s(p, entry, kv_head, keys, slot, state.rows, state.offsets);
   const auto describe_rows = [&] {
-    for (int row = threadIdx.x; row < Core::kShape.rows; row += blockDim.x) {
+    const int thread = FreshOfLane(static_cast<int>(threadIdx.x));
+    for (int row = thread; row < Core::kShape.rows; row += Core::kShape.waves * kWave) {
       DescribeRow(p, state.offsets, entry, kv_head, row, state.rows[row]);
     }
   };
@@ -54,19 +55,26 @@ JAX_ATTN_DEVICE void RunSegment(const SplitKvAttentionParams& p, const SplitWork
   __syncthreads();
   const int weight_floats = Core::kShape.matrix ? 0 : Core::kShape.rows * Core::kShape.tile_keys;
   Core core(p, s, queries, reinterpret_cast<float*>(ring + w.wave_bytes) - weight_floats);
+  const int waiting_wave = FreshOfLane(wave);
   Tile tile;
   while (tiles.More()) {
     tiles.Next(tile);
     core.Attend(tile);
   }
   WaveFence();  // the last tile has been read; outputs take its place
-  core.Finish(reinterpret_cast<float*>(ring), state.tops[wave], state.totals[wave]);
+  const SplitKvAttentionParams& later_p = FreshParameter(p);
+  const SplitWork& later_w = FreshParameter<SplitKvAttentionParams>(w);
+  const int same_wave = Uniform(waiting_wave);
+  char* const outputs = shared + later_w.query_bytes;
+  core.Finish(reinterpret_cast<float*>(outputs + same_wave * later_w.wave_bytes),
+              state.tops[same_wave], state.totals[same_wave]);
   __syncthreads();
-  const WaveResults results{reinterpret_cast<const float*>(rings), w.wave_bytes / 4,
-                            static_cast<int>(p.v_head_dim), state.tops[0], state.totals[0]};
+  const int v_head_dim = static_cast<int>(later_p.v_head_dim);
+  const WaveResults results{reinterpret_cast<const float*>(outputs), later_w.wave_bytes / 4,
+                            v_head_dim, state.tops[0], state.totals[0]};
   MergeWaves<Core::kShape.waves, Core::kShape.rows>(
-      p, w, entry, kv_head, slot, nullptr, results, static_cast<int>(p.v_head_dim), s.value_factor,
-      state.offsets.sinks, {static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)});
+      later_p, later_w, entry, kv_head, slot, nullptr, results, v_head_dim, s.value_factor,
+      state.offsets.sinks, {static_cast<int>(threadIdx.x), Core::kShape.waves * kWave});
 }
 
 template <typename Core>
@@ -75,18 +83,30 @@ __global__ void __launch_bounds__(Core::kShape.waves* kWave, Core::kShape.matrix
   JAX_ATTN_DYNAMIC_SHARED(shared);
   __shared__ BlockShared<Core> state;
   AllowNextKernel();
-  const int group = w.kv_heads.Divide(blockIdx.x);
-  const int kv_head = blockIdx.x - group * w.kv_heads.divisor();
-  Parts parts(p, w, group);
-  for (bool first = true; parts.More(); first = false) {
-    const Entry entry(p, w, parts.entry());
+  constexpr bool kFits =
+      !Core::kShape.matrix ||
+      HoldsOutputs(Core::kShape.max_dim, Core::kShape.rows, kWave, kCopiesThroughRegisters);
+  if (!kFits) return;  // such a kernel is not chosen
+  Parts parts(p, w, w.kv_heads.Divide(blockIdx.x));
+  const int block = FreshOfLane(static_cast<int>(blockIdx.x));  // waits like the parts
+  while (parts.More()) {
+    const SplitKvAttentionParams& fresh_p = FreshParameter(p);
+    const SplitWork& fresh_w = FreshParameter<SplitKvAttentionParams>(w);
+    const Entry entry(fresh_p, fresh_w, parts.entry());
     KeyRange keys;
     int64_t slot;
-    if (!parts.Next(w, entry, keys, slot)) break;
-    if (!first) __syncthreads();  // what the waves exchanged has been read
-    RunSegment<Core>(p, w, entry, kv_head, keys, slot, state, shared);
+    if (!parts.Next(fresh_w, entry, keys, slot)) break;
+    const int kv_head = Uniform(block) - parts.group() * fresh_w.kv_heads.divisor();
+    parts.Rest();
+    RunSegment<Core>(fresh_p, fresh_w, entry, kv_head, keys, slot, state, shared);
+    parts.Resume();
+    if (parts.More()) __syncthreads();  // what the waves exchanged has been read
   }
-  if (w.ends != nullptr && kv_head == 0 && threadIdx.x == 0) w.ends[group] = parts.End();
+  const SplitWork& fresh_w = FreshParameter<SplitKvAttentionParams>(w);
+  if (fresh_w.ends == nullptr || threadIdx.x != 0) return;
+  if (parts.group() * fresh_w.kv_heads.divisor() == Uniform(block)) {
+    fresh_w.ends[parts.group()] = parts.End();
+  }
 }
 
 }  // namespace jax_attn::gpu

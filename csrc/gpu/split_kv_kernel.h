@@ -163,6 +163,12 @@ constexpr int WavesPerBlock(int max_row_bytes, bool through_registers) {
   return max_row_bytes <= 512 ? 4 : max_row_bytes <= 1024 ? 2 : 1;
 }
 
+// Whether a lane has registers for its part of the outputs of a matrix kernel. Waves of 32 on AMD
+// GPUs have 256 for everything, tiles on their way among it; waves of 64 have 512.
+constexpr bool HoldsOutputs(int max_dim, int rows, int wave_size, bool through_registers) {
+  return rows * max_dim <= (through_registers && wave_size == 32 ? 64 : 128) * wave_size;
+}
+
 constexpr KernelShape MatrixShape(int max_dim, int rows, bool extras, int element_bytes,
                                   bool through_registers) {
   KernelShape shape;
@@ -171,6 +177,8 @@ constexpr KernelShape MatrixShape(int max_dim, int rows, bool extras, int elemen
   shape.max_dim = max_dim;
   shape.rows = rows;
   shape.waves = WavesPerBlock(max_dim * element_bytes, through_registers);
+  // AMD GPUs have 64 KiB, of which outputs of the waves take half at most.
+  if (through_registers) shape.waves = std::min(shape.waves, 32 * 1024 / (4 * rows * max_dim));
   shape.stages = through_registers ? 1 : 3;
   shape.tile_keys = 16;
   return shape;

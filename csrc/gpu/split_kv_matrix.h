@@ -29,7 +29,7 @@ class MatrixCore {
     const int stride = SharedStride(p.head_dim, 2), head_dim = static_cast<int>(p.head_dim);
     const int chunks = CeilDiv(head_dim, 16) * 2;  // of 8 elements
     const uint16_t* from = static_cast<const uint16_t*>(p.query) + batch;
-    for (int i = threadIdx.x; i < kRowCount * chunks; i += blockDim.x) {
+    for (int i = threadIdx.x; i < kRowCount * chunks; i += kShape.waves * kWave) {
       const int row = i / chunks, d = i % chunks * 8;
       uint4 x = {0, 0, 0, 0};
       if (row < s.num_rows && d < head_dim) {
@@ -53,13 +53,13 @@ class MatrixCore {
         query_stride_(SharedStride(p.head_dim, 2)),
         k_stride_(SharedStride(p.head_dim, SizeOf(kStored))),
         v_stride_(SharedStride(p.v_head_dim, SizeOf(kStored))),
-        lane_(Lane()) {
+        lane_(FreshOfLane(Lane())) {
     if constexpr (kHoldsQueries) {
 #pragma unroll
       for (int c = 0; c < kSteps; ++c) {
 #pragma unroll
         for (int n = 0; n < kBlocks; ++n) {
-          if (c * 16 < p_.head_dim) held_[c][n] = LoadQuery(c, n);
+          if (c * 16 < Fresh(static_cast<int>(p_.head_dim))) held_[c][n] = LoadQuery(c, n);
         }
       }
     }
@@ -71,12 +71,13 @@ class MatrixCore {
         total_[n][slot] = 0;
       }
     }
+    const float zero = FreshOfLane(0.0f);
 #pragma unroll
     for (int h = 0; h < kSteps; ++h) {
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
-        for (int i = 0; i < kElements; ++i) out_[h][n][i] = 0;
+        for (int i = 0; i < kElements; ++i) out_[h][n][i] = zero;
       }
     }
   }
@@ -88,7 +89,7 @@ class MatrixCore {
     Weigh(tile, x, weights);
 #pragma unroll
     for (int h = 0; h < kSteps; ++h) {
-      if (h * 16 < p_.v_head_dim) {
+      if (h * 16 < Fresh(static_cast<int>(p_.v_head_dim))) {
         const Fragments::A a = Fragments::LoadValues<kT, kStored>(tile.v, v_stride_, h, lane_);
 #pragma unroll
         for (int n = 0; n < kBlocks; ++n) Fragments::MultiplyAdd<kT>(a, weights[n], out_[h][n]);
@@ -98,24 +99,25 @@ class MatrixCore {
 
   // Leaves unnormalised outputs [rows][v_head_dim], tops and totals in shared memory.
   JAX_ATTN_DEVICE void Finish(float* outputs, float* tops, float* totals) const {
+    const int lane = FreshOfLane(lane_), v_head_dim = Fresh(static_cast<int>(p_.v_head_dim));
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
       for (int slot = 0; slot < kSlots; ++slot) {
         const float total = Fragments::SumOverKeys(total_[n][slot]);
-        const int row = n * Fragments::kRows + Fragments::Row(lane_, slot);
+        const int row = n * Fragments::kRows + Fragments::Row(lane, slot);
         // The same from every lane that has the row.
         tops[row] = top_[n][slot];
         totals[row] = total;
       }
 #pragma unroll
       for (int h = 0; h < kSteps; ++h) {
-        if (h * 16 < p_.v_head_dim) {
+        if (h * 16 < Fresh(v_head_dim)) {
 #pragma unroll
           for (int i = 0; i < kElements; ++i) {
-            const int row = n * Fragments::kRows + Fragments::Row(lane_, Fragments::SlotOf(i));
-            const int d = h * 16 + Fragments::Element<kStored>(lane_, i);
-            if (d < p_.v_head_dim) outputs[row * p_.v_head_dim + d] = out_[h][n][i];
+            const int row = n * Fragments::kRows + Fragments::Row(lane, Fragments::SlotOf(i));
+            const int d = h * 16 + Fragments::Element<kStored>(lane, i);
+            if (d < v_head_dim) outputs[row * v_head_dim + d] = out_[h][n][i];
           }
         }
       }
@@ -149,7 +151,7 @@ class MatrixCore {
     }
 #pragma unroll
     for (int c = 0; c < kSteps; ++c) {
-      if (c * 16 < p_.head_dim) {
+      if (c * 16 < Fresh(static_cast<int>(p_.head_dim))) {
         const Fragments::A a = Fragments::LoadKeys<kT, kStored>(tile.k, k_stride_, c, lane_);
 #pragma unroll
         for (int n = 0; n < kBlocks; ++n) {

@@ -14,8 +14,7 @@ namespace jax_attn::gpu {
 
 template <DType kT, DType kStored, int kMaxDim, int kRows, bool kExtras>
 const void* MatrixKernel() {
-  return reinterpret_cast<const void*>(
-      SplitKvKernel<MatrixCore<kT, kStored, kMaxDim, kRows, kExtras>>);
+  return KernelAddress(SplitKvKernel<MatrixCore<kT, kStored, kMaxDim, kRows, kExtras>>);
 }
 
 // Kernels of 8-bit types always look for extras, and leave the largest heads to vector kernels.

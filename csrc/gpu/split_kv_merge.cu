@@ -114,11 +114,7 @@ __global__ void __launch_bounds__(kMergeThreads)
 
 }  // namespace
 
-const void* MergeKernelOf() {
-  return reinterpret_cast<const void*>(MergeKernel<SplitKvAttentionParams>);
-}
-const void* StreamMergeKernelOf() {
-  return reinterpret_cast<const void*>(MergeKernel<StreamParams>);
-}
+const void* MergeKernelOf() { return KernelAddress(MergeKernel<SplitKvAttentionParams>); }
+const void* StreamMergeKernelOf() { return KernelAddress(MergeKernel<StreamParams>); }
 
 }  // namespace jax_attn::gpu

@@ -12,10 +12,8 @@ namespace {
 template <DType kT, int kDim>
 const void* KernelOf(int rows) {
   constexpr int kFew = kMatrixRows[0], kMany = kMatrixRows[1];
-  if (rows == kFew) return reinterpret_cast<const void*>(StreamKernel<kT, kDim, kFew>);
-  if constexpr (kDim <= 128) {
-    return reinterpret_cast<const void*>(StreamKernel<kT, kDim, kMany>);
-  }
+  if (rows == kFew) return KernelAddress(StreamKernel<kT, kDim, kFew>);
+  if constexpr (kDim <= 128) return KernelAddress(StreamKernel<kT, kDim, kMany>);
   return nullptr;
 }
 

@@ -27,7 +27,7 @@ static_assert(sizeof(SplitWork::batch_strides) == sizeof(BatchOffsets));
 // Fills `at`, a thread for each operand: offsets take divisions if there are several dimensions.
 JAX_ATTN_DEVICE void FindOffsets(const SplitKvAttentionParams& p, const SplitWork& w,
                                  int64_t batch_index, BatchOffsets& at) {
-  const int i = threadIdx.x;
+  const int i = FreshOfLane(static_cast<int>(threadIdx.x));
   if (i >= kNumBatchOffsets) return;
   int64_t* const offsets = reinterpret_cast<int64_t*>(&at);
   if (w.one_batch_dim) {
@@ -174,6 +174,13 @@ class TileRing {
   static constexpr int kPasses = kTileKeys / kRowsAtOnce > 0 ? kTileKeys / kRowsAtOnce : 1;
   static constexpr int kColumns = kChunks / kLanesPerRow;
   static constexpr int kCopies = kPasses * kColumns;
+  // Registers hold this many chunks of keys, and of values. Rows of 8-bit elements that are not
+  // whole chunks are rare, and theirs are not held.
+  static constexpr int kMaxHeld = kWave == 64 ? 8 : 4;
+  using Chunks = Copies<16, kCopies, (kCopies < kMaxHeld ? kCopies : kMaxHeld)>;
+  struct Nothing {};
+  using Halves = std::conditional_t<kSize == 1, Copies<8, 2 * kCopies, 0>, Nothing>;
+  static constexpr bool kLandReadsHalves = kCopiesThroughRegisters && kSize == 1;
   static constexpr uint32_t kAllKeys = (uint32_t{1} << kTileKeys) - 1;
 
   // Finds the keys of the tile to begin next, from key_ on, and where they are.
@@ -245,32 +252,32 @@ class TileRing {
   }
 
   JAX_ATTN_DEVICE void StoreHeader(char* header) const {
-    if (Lane() == 0) *reinterpret_cast<int*>(header + 2 * kTileKeys * 4) = held_key_;
+    if (FreshOfLane(Lane()) == 0) *reinterpret_cast<int*>(header + 2 * kTileKeys * 4) = held_key_;
   }
 
   JAX_ATTN_DEVICE void Land(char* stage) {
     ForEachChunk<false>(stage, k_, v_);
     char* header = stage + kTileKeys * (k_stride_ + v_stride_);
     if constexpr (kExtras) {
-      if (Lane() < kTileKeys) {
+      if (FreshOfLane(Lane()) < kTileKeys) {
         float* to = reinterpret_cast<float*>(header) + Lane();
-        if (s_.k_scale != nullptr) scales_.Land(0, to);
-        if (s_.v_scale != nullptr) scales_.Land(1, to + kTileKeys);
+        if (s_.k_scale != nullptr) scales_.Land(0, to, nullptr, false);
+        if (s_.v_scale != nullptr) scales_.Land(1, to + kTileKeys, nullptr, false);
       }
     }
     StoreHeader(header);
   }
 
   template <bool kBegin>
-  JAX_ATTN_DEVICE void ForEachChunk(char* stage, Copies<16, kCopies>& k, Copies<16, kCopies>& v) {
+  JAX_ATTN_DEVICE void ForEachChunk(char* stage, Chunks& k, Chunks& v) {
     Side<kBegin>(stage, s_.k, static_cast<int>(p_.head_dim) * kSize, k_stride_, k, k_halves_);
     Side<kBegin>(stage + kTileKeys * k_stride_, s_.v, static_cast<int>(p_.v_head_dim) * kSize,
                  v_stride_, v, v_halves_);
   }
 
   template <bool kBegin, typename Halves>
-  JAX_ATTN_DEVICE void Side(char* tile, const char* from, int row_bytes, int stride,
-                            Copies<16, kCopies>& copies, Halves& halves) {
+  JAX_ATTN_DEVICE void Side(char* tile, const char* from, int row_bytes, int stride, Chunks& copies,
+                            Halves& halves) {
     const int lane = Lane();
     const int padded = CeilDiv(row_bytes / kSize, 16) * 16 * kSize;
 #pragma unroll
@@ -278,7 +285,9 @@ class TileRing {
       const int row = pass * kRowsAtOnce + lane / kLanesPerRow;
       const bool wanted = (held_wanted_ >> row & 1) != 0;
       const char* source = from;
-      if constexpr (kBegin) source += Broadcast(row_, row) * row_bytes;
+      if constexpr (kBegin || Chunks::kLandReads || kLandReadsHalves) {
+        source += Broadcast(row_, row) * row_bytes;
+      }
 #pragma unroll
       for (int column = 0; column < kColumns; ++column) {
         const int at = (column * kLanesPerRow + lane % kLanesPerRow) * 16;
@@ -287,20 +296,22 @@ class TileRing {
         char* to = tile + row * stride + at;
         if (kSize > 1 || row_bytes % 16 == 0) {
           // Past the row are zeros: there matrix instructions meet those of the queries.
+          const bool inside = at < row_bytes;
           if constexpr (kBegin) {
-            copies.Begin(i, to, at < row_bytes ? source + at : from, wanted && at < row_bytes);
+            copies.Begin(i, to, inside ? source + at : from, wanted && inside);
           } else {
-            copies.Land(i, to);
+            copies.Land(i, to, inside ? source + at : from, wanted && inside);
           }
         } else if constexpr (kSize == 1) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int start = at + half * 8;
+            const bool inside = start < row_bytes;
+            const char* const chunk = inside ? source + start : from;
             if constexpr (kBegin) {
-              halves.Begin(2 * i + half, to + half * 8, start < row_bytes ? source + start : from,
-                           wanted && start < row_bytes);
+              halves.Begin(2 * i + half, to + half * 8, chunk, wanted && inside);
             } else {
-              halves.Land(2 * i + half, to + half * 8);
+              halves.Land(2 * i + half, to + half * 8, chunk, wanted && inside);
             }
           }
         }
@@ -321,9 +332,7 @@ class TileRing {
   int begun_ = 0, at_ = 0;
   uint32_t held_wanted_ = 0;  // of the tile begun last
   int held_key_ = 0;
-  Copies<16, kCopies> k_, v_;
-  struct Nothing {};
-  using Halves = std::conditional_t<kSize == 1, Copies<8, 2 * kCopies>, Nothing>;
+  Chunks k_, v_;
   Halves k_halves_, v_halves_;
   Copies<4, 2> scales_;
 };

@@ -25,7 +25,7 @@ class VectorCore {
   static JAX_ATTN_DEVICE void StoreQueries(const SplitKvAttentionParams& p, const Segment& s,
                                            int64_t batch, char* queries) {
     const int head_dim = static_cast<int>(p.head_dim), stride = head_dim + 4;
-    for (int i = threadIdx.x; i < kRowCount * head_dim; i += blockDim.x) {
+    for (int i = threadIdx.x; i < kRowCount * head_dim; i += kShape.waves * kWave) {
       const int row = i / head_dim, d = i % head_dim;
       float x = 0;
       if (row < s.num_rows) {
@@ -44,9 +44,9 @@ class VectorCore {
         queries_(reinterpret_cast<const float*>(queries)),
         weights_(weights),
         query_stride_(static_cast<int>(p.head_dim) + 4),
-        k_stride_(SharedStride(p.head_dim, kSize)),
-        v_stride_(SharedStride(p.v_head_dim, kSize)),
-        lane_(Lane()) {
+        k_stride_(FreshOfLane(SharedStride(p.head_dim, kSize))),
+        v_stride_(FreshOfLane(SharedStride(p.v_head_dim, kSize))),
+        lane_(FreshOfLane(Lane())) {
 #pragma unroll
     for (int r = 0; r < kRowCount; ++r) {
       top_[r] = -kInfinity;
@@ -64,9 +64,11 @@ class VectorCore {
   }
 
   JAX_ATTN_DEVICE void Finish(float* outputs, float* tops, float* totals) const {
+    const int lane = FreshOfLane(lane_), v_head_dim = Fresh(static_cast<int>(p_.v_head_dim));
+    const int num_rows = Fresh(s_.num_rows);
 #pragma unroll
     for (int r = 0; r < kRowCount; ++r) {
-      if (r >= s_.num_rows) break;
+      if (r >= num_rows) break;
       tops[r] = top_[r];
       float total = total_[r];
 #pragma unroll
@@ -79,8 +81,8 @@ class VectorCore {
           float sum = out_[r][c * kVector + e];
 #pragma unroll
           for (int mask = kLanesPerRow; mask < kWave; mask *= 2) sum += ShuffleXor(sum, mask);
-          const int d = (c * kLanesPerRow + lane_ % kLanesPerRow) * kVector + e;
-          if (lane_ < kLanesPerRow && d < p_.v_head_dim) outputs[r * p_.v_head_dim + d] = sum;
+          const int d = (c * kLanesPerRow + lane % kLanesPerRow) * kVector + e;
+          if (lane < kLanesPerRow && d < v_head_dim) outputs[r * v_head_dim + d] = sum;
         }
       }
     }
@@ -110,6 +112,7 @@ class VectorCore {
 
   // Dot products of the lane's key with all rows; the same in all lanes that share the key.
   JAX_ATTN_DEVICE void Scores(const Tile& tile, float (&x)[kRowCount]) const {
+    const int num_rows = Fresh(s_.num_rows), query_stride = Fresh(query_stride_);
     const char* key = tile.k + lane_ % kTileKeys * k_stride_;
     const int head_dim = static_cast<int>(p_.head_dim);
 #pragma unroll
@@ -120,8 +123,8 @@ class VectorCore {
       Load(key + d * kSize, k);
 #pragma unroll
       for (int r = 0; r < kRowCount; ++r) {
-        if (r >= s_.num_rows) break;
-        const float4* q = reinterpret_cast<const float4*>(queries_ + r * query_stride_ + d);
+        if (r >= num_rows) break;
+        const float4* q = reinterpret_cast<const float4*>(queries_ + r * query_stride + d);
 #pragma unroll
         for (int e = 0; e < kVector; e += 4) {
           const float4 four = q[e / 4];
@@ -141,13 +144,14 @@ class VectorCore {
 
   // Turns scores into weights in shared memory, and brings outputs to the new maximum.
   JAX_ATTN_DEVICE void Weigh(const Tile& tile, const float (&x)[kRowCount]) {
+    const int num_rows = Fresh(s_.num_rows);
     const int key = lane_ % kTileKeys;
     const bool inside = tile.first_key + key < s_.keys.end;
     const float v_scale = s_.v_scale != nullptr ? tile.v_scale[key] : 1.0f;
     WaveFence();  // the weights of the tile before have been read
 #pragma unroll
     for (int r = 0; r < kRowCount; ++r) {
-      if (r >= s_.num_rows) break;
+      if (r >= num_rows) break;
       const float logit = inside ? Logit<true>(p_, s_, tile, key, r, x[r]) : -kInfinity;
       float top = logit;
 #pragma unroll
@@ -167,6 +171,7 @@ class VectorCore {
   }
 
   JAX_ATTN_DEVICE void Accumulate(const Tile& tile) {
+    const int num_rows = Fresh(s_.num_rows);
 #pragma unroll 2
     for (int i = 0; i < kTileKeys; i += kKeysAtOnce) {
       const int key = i + lane_ / kLanesPerRow;
@@ -179,7 +184,7 @@ class VectorCore {
         Load(row + d * kSize, v);
 #pragma unroll
         for (int r = 0; r < kRowCount; ++r) {
-          if (r >= s_.num_rows) break;
+          if (r >= num_rows) break;
           const float weight = weights_[r * kTileKeys + key];
 #pragma unroll
           for (int e = 0; e < kVector; ++e) {

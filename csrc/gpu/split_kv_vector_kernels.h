@@ -19,8 +19,7 @@ const void* VectorKernelFrom(const KernelShape& shape) {
     return nullptr;
   } else {
     if (shape.max_dim == size.max_dim && shape.rows == size.rows) {
-      return reinterpret_cast<const void*>(
-          SplitKvKernel<VectorCore<kStored, size.max_dim, size.rows>>);
+      return KernelAddress(SplitKvKernel<VectorCore<kStored, size.max_dim, size.rows>>);
     }
     return VectorKernelFrom<kStored, kSize + 1>(shape);
   }

@@ -204,7 +204,11 @@ class Parts {
   template <typename Params>
   JAX_ATTN_DEVICE Parts(const Params& p, const SplitWork& w, int group) : group_(group) {
     if (w.cut == Cut::kShares) {
-      place_ = FindShare(p, w, group);
+      const Place place = FindShare(p, w, group);
+      place_.share = Uniform(place.share);
+      place_.entry = Uniform(place.entry);
+      place_.offset = Uniform(place.offset);
+      place_.units = Uniform(place.units);
     } else {
       place_.entry = w.splits.Divide(group);
       place_.units = 1;
@@ -213,6 +217,7 @@ class Parts {
 
   JAX_ATTN_DEVICE bool More() const { return place_.units > 0; }
   JAX_ATTN_DEVICE int entry() const { return place_.entry; }
+  JAX_ATTN_DEVICE int group() const { return group_; }
 
   // Goes on to the next part, of `entry`: its keys, and the slot of its partial result, which is
   // negative if these are all keys of the entry. False if the entry has no such part.
@@ -236,6 +241,20 @@ class Parts {
     place_.offset = 0;
     ++place_.entry;
     return true;
+  }
+
+  // While a part is worked on, this waits in registers of lanes, of which AMD GPUs have more.
+  JAX_ATTN_DEVICE void Rest() {
+    for (int* x : {&group_, &place_.share, &place_.entry, &place_.offset, &place_.units, &done_,
+                   &begin_, &units_}) {
+      *x = FreshOfLane(*x);
+    }
+  }
+  JAX_ATTN_DEVICE void Resume() {
+    for (int* x : {&group_, &place_.share, &place_.entry, &place_.offset, &place_.units, &done_,
+                   &begin_, &units_}) {
+      *x = Uniform(*x);
+    }
   }
 
   // Of the share, once there are no more parts.

@@ -45,7 +45,7 @@ bool HasExtras(const SplitKvAttentionParams& p) {
 }
 
 // The matrix kernel for a problem; without rows if there is none.
-KernelShape ChooseMatrix(const SplitKvAttentionParams& p) {
+KernelShape ChooseMatrix(const SplitKvAttentionParams& p, int wave_size) {
   const int element_bytes = static_cast<int>(SizeOf(p.key.dtype));
   const bool quantized = element_bytes == 1;
   const int64_t dim = std::max(p.head_dim, p.v_head_dim);
@@ -56,14 +56,18 @@ KernelShape ChooseMatrix(const SplitKvAttentionParams& p) {
   // A weight times the scale of a token may leave the range of float16.
   if (p.query_dtype == DType::kFloat16 && p.v_scale.token_stride != 0) return {};
   const int max_dim = dim <= 64 && !quantized ? 64 : dim <= 128 ? 128 : dim <= 256 ? 256 : 512;
-  const bool many = rows > kMatrixRows[0] && max_dim < 512;
+  const auto fits = [&](int block_rows) {
+    return HoldsOutputs(max_dim, block_rows, wave_size, kCopiesThroughRegisters);
+  };
+  if (!fits(kMatrixRows[0])) return {};
+  const bool many = rows > kMatrixRows[0] && fits(kMatrixRows[1]);
   return MatrixShape(max_dim, kMatrixRows[many], quantized || HasExtras(p), element_bytes,
                      kCopiesThroughRegisters);
 }
 
 // The stream kernel for a problem; without rows if there is none.
 KernelShape ChooseStream(const SplitKvAttentionParams& p, const Device& device) {
-  const KernelShape matrix = ChooseMatrix(p);
+  const KernelShape matrix = ChooseMatrix(p, device.wave_size);
   const bool plain = Is16Bit(p.key.dtype) && matrix.rows != 0 && !matrix.extras &&
                      p.k_scale.data == nullptr && p.v_scale.data == nullptr;
   if (!device.tensor_maps || !plain || p.batch.num_dims > 1) return {};
@@ -216,7 +220,7 @@ SplitPlan PlanSplits(const SplitKvAttentionParams& p, std::string_view variant,
   SplitPlan plan;
   if (variant.empty() || variant == "stream") plan.shape = ChooseStream(p, device);
   if (plan.shape.rows == 0 && (variant.empty() || variant == "matrix")) {
-    plan.shape = ChooseMatrix(p);
+    plan.shape = ChooseMatrix(p, device.wave_size);
   }
   if (plan.shape.rows == 0 && (variant.empty() || variant == "vector")) {
     plan.shape = ChooseVector(p);

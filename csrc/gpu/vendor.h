@@ -33,6 +33,8 @@ inline constexpr bool kCopiesThroughRegisters = false;
 inline constexpr int kMatrixRows[] = {8, 16};  // query rows of a block
 // A kernel parameter that is read where it was passed, not copied first.
 #define JAX_ATTN_PARAMETER const __grid_constant__
+// Shared memory whose size the launch decides.
+#define JAX_ATTN_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
 #else
 inline constexpr char kPlatform[] = "rocm";
 using Stream = hipStream_t;
@@ -43,10 +45,8 @@ inline void ClearLastError() { (void)hipGetLastError(); }
 inline constexpr bool kCopiesThroughRegisters = true;
 inline constexpr int kMatrixRows[] = {16, 32};
 #define JAX_ATTN_PARAMETER const
+#define JAX_ATTN_DYNAMIC_SHARED(name) HIP_DYNAMIC_SHARED(__align__(16) char, name)
 #endif
-
-// Shared memory whose size the launch decides.
-#define JAX_ATTN_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
 
 // What plans depend on.
 struct Device {
@@ -156,6 +156,16 @@ struct LaunchShape {
   bool overlaps_previous = false;
   unsigned cluster = 1;  // blocks that run at the same time and see each other's shared memory
 };
+
+// The address of a kernel, as Launch takes it.
+template <typename... Parameters>
+const void* KernelAddress(void (*kernel)(Parameters...)) {
+#ifdef JAX_ATTN_GPU_ON_CPU  // tests/gpu_on_cpu calls it by its type
+  return gpu_on_cpu::Register(kernel);
+#else
+  return reinterpret_cast<const void*>(kernel);
+#endif
+}
 
 // Launches on the given stream; nothing else, so that the call can be captured in a graph.
 inline Error Launch(const void* kernel, const LaunchShape& shape, Stream stream, void** args) {

@@ -8,6 +8,7 @@
 #define JAX_ATTN_CSRC_GPU_WAVE_H_
 
 #include <cstdint>
+#include <type_traits>
 
 #include "vendor.h"
 
@@ -25,7 +26,53 @@ inline constexpr int kWave = 64;
 inline constexpr float kInfinity = __builtin_huge_valf();
 
 JAX_ATTN_DEVICE int Lane() { return static_cast<int>(threadIdx.x) % kWave; }
-JAX_ATTN_DEVICE int WaveIndex() { return static_cast<int>(threadIdx.x) / kWave; }
+
+// A number that is the same in all lanes of a wave, where the compiler does not see that.
+JAX_ATTN_DEVICE int Uniform(int x) {
+#if defined(__AMDGCN__)
+  return __builtin_amdgcn_readfirstlane(x);
+#else
+  return x;
+#endif
+}
+
+JAX_ATTN_DEVICE int WaveIndex() { return Uniform(static_cast<int>(threadIdx.x) / kWave); }
+
+// ---- AMD's compiler moves what a loop needs in front of it, parameters and comparisons, until
+// registers run out. These hide that it could.
+
+// A uniform number that nothing is computed from ahead.
+JAX_ATTN_DEVICE int Fresh(int x) {
+#if defined(__AMDGCN__)
+  x = Uniform(x);
+  asm volatile("" : "+s"(x));
+#endif
+  return x;
+}
+
+// The same for a number of a lane.
+template <typename T>
+JAX_ATTN_DEVICE T FreshOfLane(T x) {
+#if defined(__AMDGCN__)
+  asm volatile("" : "+v"(x));
+#endif
+  return x;
+}
+
+// A parameter of a kernel, which is read again. `Before` are the types of those before it.
+template <typename... Before, typename T>
+JAX_ATTN_DEVICE const T& FreshParameter(const T& parameter) {
+#if defined(__AMDGCN__)
+  static_assert(((alignof(Before) == alignof(T)) && ...));  // so that there are no gaps
+  using Byte = const __attribute__((address_space(4))) char;
+  Byte* parameters = (Byte*)__builtin_amdgcn_kernarg_segment_ptr();
+  asm volatile("" : "+s"(parameters));
+  (void)parameter;
+  return *(const T*)(parameters + (sizeof(Before) + ... + 0));
+#else
+  return parameter;
+#endif
+}
 
 template <typename T>
 JAX_ATTN_DEVICE T ShuffleXor(T x, int mask) {
@@ -124,25 +171,28 @@ JAX_ATTN_DEVICE void WaitForPreviousKernel() {
 // Copies are begun in batches. On NVIDIA they go straight to shared memory, and several batches are
 // under way; on AMD one batch waits in registers until it is landed (kCopiesThroughRegisters).
 
+// Words that are copied with one instruction. HIP's uint4 is a class that the compiler would keep
+// in memory.
 template <int kBytes>
-struct Bytes;
+struct Bytes {
+#if JAX_ATTN_NVIDIA
+  using Type = std::conditional_t<kBytes == 16, uint4, uint2>;
+#else
+  using Type = uint32_t __attribute__((ext_vector_type(kBytes / 4)));
+#endif
+};
 template <>
 struct Bytes<4> {
   using Type = uint32_t;
 };
-template <>
-struct Bytes<8> {
-  using Type = uint2;
-};
-template <>
-struct Bytes<16> {
-  using Type = uint4;
-};
 
-// The copies of a lane in one batch, at most kCount of kBytes each.
-template <int kBytes, int kCount>
+// The copies of a lane in one batch, at most kCount of kBytes each. Of these, kHeld wait in
+// registers and the others begin when they land.
+template <int kBytes, int kCount, int kHeld = kCount>
 class Copies {
  public:
+  static constexpr bool kLandReads = kCopiesThroughRegisters && kHeld < kCount;
+
   // Begins copy `i`; zeros are stored if it is not `wanted`, and nothing is read.
   JAX_ATTN_DEVICE void Begin(int i, void* to, const void* from, bool wanted) {
 #if JAX_ATTN_NVIDIA
@@ -160,25 +210,34 @@ class Copies {
     }
 #else
     (void)to;
-    held_[i] = Type{};
-    if (wanted) held_[i] = *static_cast<const Type*>(from);
+    if (i < kHeld) held_[i] = Load(from, wanted);
 #endif
   }
 
-  // Stores copy `i`; nothing to do where it went to shared memory by itself.
-  JAX_ATTN_DEVICE void Land(int i, void* to) const {
+  // Stores copy `i`, which began with the same arguments; nothing to do where it went to shared
+  // memory by itself.
+  JAX_ATTN_DEVICE void Land(int i, void* to, const void* from, bool wanted) const {
 #if JAX_ATTN_NVIDIA
     (void)i;
     (void)to;
+    (void)from;
+    (void)wanted;
 #else
-    *static_cast<Type*>(to) = held_[i];
+    *static_cast<Type*>(to) = i < kHeld ? held_[i] : Load(from, wanted);
 #endif
   }
 
  private:
 #if !JAX_ATTN_NVIDIA
   using Type = typename Bytes<kBytes>::Type;
-  Type held_[kCount];
+
+  static JAX_ATTN_DEVICE Type Load(const void* from, bool wanted) {
+    Type x = {};
+    if (wanted) x = *static_cast<const Type*>(from);
+    return x;
+  }
+
+  Type held_[kHeld > 0 ? kHeld : 1];
 #endif
 };
 
