@@ -49,6 +49,10 @@ inline constexpr Capability kCapabilities[] = {
      true},
     {"fused_qkv_rope_cache", "cpu", kFloats, kFloats | kQuantized, 8, 512, kAnyLength, kAnyLength,
      false},
+    {"fused_qkv_rope_cache", "cuda", kFloats, kFloats | kQuantized, 8, 512, kAnyLength, kAnyLength,
+     false},
+    {"fused_qkv_rope_cache", "rocm", kFloats, kFloats | kQuantized, 8, 512, kAnyLength, kAnyLength,
+     false},
     {"small_seq_attention", "cpu", kFloats, kFloats, 8, 512, 32, 64, false},
 };
 

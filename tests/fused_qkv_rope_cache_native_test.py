@@ -389,9 +389,9 @@ def test_explain():
     )
     (call,) = jax_attn.explain(jax.jit(update, donate_argnums=0))(cache, qkv)
     assert call.cache_copies == 0
-    (call,) = jax_attn.explain(update, platform="cuda")(cache, qkv)
+    (call,) = jax_attn.explain(update, platform="tpu")(cache, qkv)
     assert call.implementation == "xla"
-    assert call.refused == {"native": "there is no kernel for fused_qkv_rope_cache on cuda"}
+    assert call.refused == {"native": "there is no kernel for fused_qkv_rope_cache on tpu"}
 
 
 def test_export_with_symbolic_tokens():
@@ -442,9 +442,9 @@ def test_lowers_for_platforms_that_are_not_here():
     problem.implementation = None
     (qkv, cache, slots), keywords = problem.arguments()
     traced = jax.jit(lambda cache: problem.call((qkv, cache, slots), keywords)).trace(cache)
-    for platform in ("cuda", "rocm", "tpu"):
-        assert TARGET not in traced.lower(lowering_platforms=(platform,)).as_text()
-    assert TARGET in traced.lower(lowering_platforms=("cpu",)).as_text()
+    for platform in ("cpu", "cuda", "rocm", "tpu"):
+        program = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert (TARGET in program) == (platform in jax_attn.platforms())
 
 
 def test_remat_and_cond():

@@ -41,9 +41,10 @@ from split_kv_attention_test import (  # noqa: F401 - collected here too
 )
 
 from jax_attn._src import registration
+from jax_attn._src.fused_qkv_rope_cache import primitive as fused_qkv
 from jax_attn._src.split_kv_attention import primitive
 
-OPERATIONS = (primitive.operation,)
+OPERATIONS = (primitive.operation, fused_qkv.operation)
 
 
 @pytest.fixture(scope="module", params=["gfx9", "gfx11", "gfx12"])

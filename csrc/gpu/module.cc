@@ -9,6 +9,7 @@
 
 #include "../bindings.h"
 #include "../ffi/split_kv_attention.h"
+#include "fused_qkv_handler.h"
 #include "split_kv_attention.h"
 #include "split_plan.h"
 #include "vendor.h"
@@ -105,6 +106,8 @@ void Define(nb::module_& m) {
     nb::dict handlers;
     handlers["jax_attn_split_kv_attention"] =
         nb::capsule(reinterpret_cast<void*>(JAX_ATTN_SPLIT_KV_HANDLER));
+    handlers["jax_attn_fused_qkv_rope_cache"] =
+        nb::capsule(reinterpret_cast<void*>(JAX_ATTN_FUSED_QKV_HANDLER));
     return handlers;
   });
   m.def("variants", [] {

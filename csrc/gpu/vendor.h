@@ -31,6 +31,9 @@ inline const char* ErrorString(Error error) { return cudaGetErrorString(error); 
 inline void ClearLastError() { (void)cudaGetLastError(); }
 inline constexpr bool kCopiesThroughRegisters = false;
 inline constexpr int kMatrixRows[] = {8, 16};  // query rows of a block
+// Threads of a block, and how many blocks a core should have room for. HIP counts waves instead, and
+// spills registers for them.
+#define JAX_ATTN_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 // A kernel parameter that is read where it was passed, not copied first.
 #define JAX_ATTN_PARAMETER const __grid_constant__
 // Shared memory whose size the launch decides.
@@ -44,6 +47,7 @@ inline const char* ErrorString(Error error) { return hipGetErrorString(error); }
 inline void ClearLastError() { (void)hipGetLastError(); }
 inline constexpr bool kCopiesThroughRegisters = true;
 inline constexpr int kMatrixRows[] = {16, 32};
+#define JAX_ATTN_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads)
 #define JAX_ATTN_PARAMETER const
 #define JAX_ATTN_DYNAMIC_SHARED(name) HIP_DYNAMIC_SHARED(__align__(16) char, name)
 #endif
@@ -200,6 +204,17 @@ inline Error Launch(const void* kernel, const LaunchShape& shape, Stream stream,
 #else
   const Error error = hipLaunchKernel(kernel, dim3(shape.blocks), dim3(shape.threads), args,
                                       shape.shared_bytes, stream);
+#endif
+  if (error != kSuccess) ClearLastError();
+  return error;
+}
+
+// Copies between buffers of the device, in order with the launches of the stream.
+inline Error CopyOnDevice(void* to, const void* from, size_t bytes, Stream stream) {
+#if JAX_ATTN_NVIDIA
+  const Error error = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream);
+#else
+  const Error error = hipMemcpyAsync(to, from, bytes, hipMemcpyDeviceToDevice, stream);
 #endif
   if (error != kSuccess) ClearLastError();
   return error;

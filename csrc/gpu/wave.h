@@ -23,6 +23,8 @@ inline constexpr int kWave = 32;
 inline constexpr int kWave = 64;
 #endif
 
+inline constexpr int kWaveBits = kWave == 32 ? 5 : 6;
+
 inline constexpr float kInfinity = __builtin_huge_valf();
 
 JAX_ATTN_DEVICE int Lane() { return static_cast<int>(threadIdx.x) % kWave; }
@@ -137,6 +139,18 @@ JAX_ATTN_DEVICE float Exp2(float x) {
   return y;
 #else
   return __builtin_amdgcn_exp2f(x);
+#endif
+}
+
+// 1 / sqrt(x), to an ulp or two.
+JAX_ATTN_DEVICE float InverseSqrt(float x) {
+#if JAX_ATTN_NVIDIA
+  float y;
+  asm("rsqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  // The instruction takes no subnormal numbers.
+  return x < 0x1p-96f ? __builtin_amdgcn_rsqf(x * 0x1p96f) * 0x1p48f : __builtin_amdgcn_rsqf(x);
 #endif
 }
 

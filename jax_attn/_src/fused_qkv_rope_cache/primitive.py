@@ -25,6 +25,7 @@ TARGET = "jax_attn_fused_qkv_rope_cache"
 _GATE_CODE = {None: 0, "interleaved": 1, "blocked": 2}
 _LAYOUT_CODE = {"NHD": 1, "HND": 2}
 _SCOPE_CODE = {"head": 1, "all_heads": 2}
+_VENDOR = {"cpu": "CPU", "cuda": "CUDA", "rocm": "ROCm"}
 
 _QUERIES = "token (kv_head group) head_dim"
 _ARRAYS = {
@@ -213,13 +214,15 @@ def _call(
     )
 
 
-def _cpu_kernel(avals: Mapping[str, Any], results: Sequence[Any], options: Options) -> Any:
-    """What the CPU kernel is called with: target, extra results and attributes; or a reason."""
+def _kernel(
+    platform: str, avals: Mapping[str, Any], results: Sequence[Any], options: Options
+) -> Any:
+    """What a platform's kernel is called with: target, extra results, attributes; or a reason."""
     if options.implementation == "xla":
         return 'implementation="xla" was asked for'
-    module = registration.native_module("cpu")
+    module = registration.native_module(platform)
     if module is None:
-        return "the CPU kernels are not installed, or too new for this jaxlib"
+        return f"the {_VENDOR[platform]} kernels are not installed, or too new for this jaxlib"
     qkv, k_pages, v_pages = (avals[name] for name in ("qkv", "k_pages", "v_pages"))
     reason = module.refusal(
         NAME,
@@ -273,10 +276,15 @@ def describe(
     return Description(
         op=NAME,
         bytes_moved=bytes_moved,
-        variant=(options.variant or module.variants()[0]) if module else None,
+        variant=(options.variant or _variant(platform, module)) if module else None,
         num_splits=None,
         caches=(avals["k_pages"], avals["v_pages"]),
     )
+
+
+def _variant(platform: str, module: Any) -> str:
+    # Of those of a GPU, matrix instructions have nothing to do here.
+    return module.variants()[0] if platform == "cpu" else "vector"
 
 
 def _size(aval: Any) -> int:
@@ -293,7 +301,7 @@ operation = primitives.Operation(
     results=_results,
     reference=_reference,
     call=_call,
-    kernels={"cpu": _cpu_kernel},
+    kernels={p: functools.partial(_kernel, p) for p in _VENDOR},
     refuse_fallback=_refuse_fallback,
     aliases=_aliases,
     only_for_aliases=("k_pages", "v_pages", "slot_mapping", "layer", "k_scale", "v_scale"),

@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "../emulator.h"
@@ -66,6 +67,19 @@ inline float __builtin_amdgcn_exp2f_on_cpu(float x) {
   return y < 0x1p-126f ? 0.0f : y;
 }
 #define __builtin_amdgcn_exp2f __builtin_amdgcn_exp2f_on_cpu
+#define __builtin_amdgcn_rsqf rsqrtf
+
+// Lanes take turns, so no other is between the two halves of these.
+inline int atomicCAS(int* at, int expected, int desired) {
+  const int old = *at;
+  if (old == expected) *at = desired;
+  return old;
+}
+inline int atomicMax(int* at, int x) {
+  const int old = *at;
+  *at = max(old, x);
+  return old;
+}
 
 // ---- Waves and blocks
 
@@ -121,6 +135,12 @@ inline hipError_t hipDeviceGetAttribute(int* value, hipDeviceAttribute_t attribu
   // Few cores, so that small problems are cut as large ones are.
   constexpr int kValues[] = {5, gpu_on_cpu::kWave, 64 * 1024, 64 * 1024};
   *value = kValues[attribute];
+  return hipSuccess;
+}
+enum hipMemcpyKind { hipMemcpyDeviceToDevice };
+inline hipError_t hipMemcpyAsync(void* to, const void* from, size_t bytes, hipMemcpyKind,
+                                 hipStream_t) {
+  std::memcpy(to, from, bytes);
   return hipSuccess;
 }
 inline hipError_t hipLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** args,
