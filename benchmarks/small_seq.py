@@ -152,14 +152,10 @@ JAX_PEERS: dict[str, Callable[[Case], Callable[..., jax.Array]]] = {
 PEERS = (*JAX_PEERS, "torch")
 
 
-def jax_steps(
+def step_of(
     fn: Callable[..., jax.Array], direction: str, sets: Sequence[Sequence[jax.Array]]
-) -> list[Callable[[], Any]]:
-    """Functions without arguments that do a step each, on one input set each.
-
-    Each step gives its results' memory to the next, as a training loop does. Fresh memory would
-    cost more than what is measured: the system clears every page of it.
-    """
+) -> tuple[Callable[..., Any], list[tuple[Any, ...]]]:
+    """What is timed, and its arguments for each input set."""
 
     def both(*arrays: jax.Array) -> Any:
         *operands, dout = arrays
@@ -171,11 +167,19 @@ def jax_steps(
 
     if direction == "backward":
         linearize = jax.jit(functools.partial(jax.vjp, fn))
-        given = [(linearize(*x[:-1])[1], x[-1]) for x in sets]
-        step: Any = lambda pull, dout: pull(dout)  # noqa: E731
-    else:
-        given = [tuple(x) for x in sets]
-        step = both if direction == "both" else forward
+        return lambda pull, dout: pull(dout), [(linearize(*x[:-1])[1], x[-1]) for x in sets]
+    return both if direction == "both" else forward, [tuple(x) for x in sets]
+
+
+def jax_steps(
+    fn: Callable[..., jax.Array], direction: str, sets: Sequence[Sequence[jax.Array]]
+) -> list[Callable[[], Any]]:
+    """Functions without arguments that do a step each, on one input set each.
+
+    Each step gives its results' memory to the next, as a training loop does. Fresh memory would
+    cost more than what is measured: the system clears every page of it.
+    """
+    step, given = step_of(fn, direction, sets)
     reusing = jax.jit(lambda old, *x: step(*x), donate_argnums=0, keep_unused=True)
     shapes = jax.eval_shape(step, *given[0])
     old = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
@@ -186,6 +190,36 @@ def jax_steps(
         return old
 
     return [functools.partial(call, x) for x in given]
+
+
+def jax_chain(
+    fn: Callable[..., jax.Array], direction: str, sets: Sequence[Sequence[jax.Array]]
+) -> Callable[[], Any]:
+    """One compiled program that does a step on each input set in order, for GPUs.
+
+    Calls of single steps would time how fast Python can launch small ones.
+    """
+    step, given = step_of(fn, direction, sets)
+
+    def run(old: Any, given: Any) -> list[Any]:
+        del old  # its memory is used again
+        found: list[Any] = []
+        for x in given:
+            if found:
+                x, found[-1] = jax.lax.optimization_barrier((x, found[-1]))
+            found.append(step(*x))
+        return found
+
+    shapes = [jax.eval_shape(step, *given[0])] * len(given)
+    old = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    compiled = jax.jit(run, donate_argnums=0, keep_unused=True)
+
+    def call() -> Any:
+        nonlocal old
+        old = compiled(old, given)
+        return old
+
+    return call
 
 
 def torch_step(direction: str, x: Sequence[jax.Array]) -> Any:
@@ -205,7 +239,7 @@ def torch_step(direction: str, x: Sequence[jax.Array]) -> Any:
     return both
 
 
-def prepare(peer: str, case: Case, sets: Sequence[Any]) -> Runner:
+def prepare(peer: str, case: Case, sets: Sequence[Any], device: Device) -> Runner:
     """An implementation that is ready to be timed; raises if it cannot do the case."""
     if peer == "torch":
         if not importlib.util.find_spec("torch"):
@@ -215,6 +249,9 @@ def prepare(peer: str, case: Case, sets: Sequence[Any]) -> Runner:
         return Runner([torch_step(case.direction, x) for x in sets], lambda out: None)
     if case.packed and not peer.startswith("ours"):
         raise NotImplementedError("no packed sequences")
+    if device.platform == "gpu":
+        chain = jax_chain(JAX_PEERS[peer](case), case.direction, sets)
+        return Runner([chain], jax.block_until_ready, steps=len(sets))
     steps = jax_steps(JAX_PEERS[peer](case), case.direction, sets)
     return Runner(steps, jax.block_until_ready)
 
@@ -244,8 +281,10 @@ def measure(case: Case, peers: Sequence[str], device: Device, quick: bool) -> li
         }
         rows.append(row)
         try:
-            runner = prepare(peer, case, sets)
-            found = results_of(runner.calls[0]())
+            runner = prepare(peer, case, sets, device)
+            out = runner.calls[0]()
+            is_chain = device.platform == "gpu" and peer in JAX_PEERS
+            found = results_of(out[0] if is_chain else out)
         except NotImplementedError as e:
             row |= {"status": "missing", "reason": str(e)}
             continue

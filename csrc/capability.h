@@ -54,6 +54,8 @@ inline constexpr Capability kCapabilities[] = {
     {"fused_qkv_rope_cache", "rocm", kFloats, kFloats | kQuantized, 8, 512, kAnyLength, kAnyLength,
      false},
     {"small_seq_attention", "cpu", kFloats, kFloats, 8, 512, 32, 64, false},
+    {"small_seq_attention", "cuda", kFloats, kFloats, 8, 512, 32, 64, false},
+    {"small_seq_attention", "rocm", kFloats, kFloats, 8, 512, 32, 64, false},
 };
 
 // Why the kernel of `op` on `platform` refuses a problem; empty if it takes it.

@@ -46,9 +46,10 @@ struct SmallSeqProblem {
   Causal causal = Causal::kNone;
   float logits_soft_cap = 0;  // 0: none
 
-  int64_t group_size() const { return num_q_heads / num_kv_heads; }
-  bool packed() const { return query_cu_seqlens.data != nullptr; }
-  int64_t num_sequences() const { return batch.sizes[batch.num_dims - 1]; }
+  // constexpr so that device code may call them.
+  constexpr int64_t group_size() const { return num_q_heads / num_kv_heads; }
+  constexpr bool packed() const { return query_cu_seqlens.data != nullptr; }
+  constexpr int64_t num_sequences() const { return batch.sizes[batch.num_dims - 1]; }
 };
 
 struct SmallSeqAttentionParams : SmallSeqProblem {
@@ -70,13 +71,14 @@ struct SmallSeqBackwardParams : SmallSeqProblem {
 
 // The bounds of packed sequences are read in order. Those that leave the array or decrease are
 // clipped and raised to the one before, so that sequences never overlap.
-inline int64_t ClippedBound(int64_t previous, int64_t bound, int64_t num_tokens) {
+constexpr int64_t ClippedBound(int64_t previous, int64_t bound, int64_t num_tokens) {
   const int64_t inside = bound > num_tokens ? num_tokens : bound;
   return inside > previous ? inside : previous;
 }
 
 // Keys that query `t` sees: those before this position.
-inline int64_t VisibleEnd(const SmallSeqProblem& p, int64_t query_len, int64_t kv_len, int64_t t) {
+constexpr int64_t VisibleEnd(const SmallSeqProblem& p, int64_t query_len, int64_t kv_len,
+                             int64_t t) {
   int64_t end = kv_len;
   if (p.causal == Causal::kTopLeft) end = t + 1;
   if (p.causal == Causal::kBottomRight) end = kv_len - query_len + t + 1;

@@ -42,9 +42,15 @@ from split_kv_attention_test import (  # noqa: F401 - collected here too
 
 from jax_attn._src import registration
 from jax_attn._src.fused_qkv_rope_cache import primitive as fused_qkv
+from jax_attn._src.small_seq_attention import primitive as small_seq
 from jax_attn._src.split_kv_attention import primitive
 
-OPERATIONS = (primitive.operation, fused_qkv.operation)
+OPERATIONS = (
+    primitive.operation,
+    fused_qkv.operation,
+    small_seq.operation,
+    small_seq.gradient_operation,
+)
 
 
 @pytest.fixture(scope="module", params=["gfx9", "gfx11", "gfx12"])

@@ -10,6 +10,7 @@
 #include "../bindings.h"
 #include "../ffi/split_kv_attention.h"
 #include "fused_qkv_handler.h"
+#include "small_seq_handlers.h"
 #include "split_kv_attention.h"
 #include "split_plan.h"
 #include "vendor.h"
@@ -108,6 +109,10 @@ void Define(nb::module_& m) {
         nb::capsule(reinterpret_cast<void*>(JAX_ATTN_SPLIT_KV_HANDLER));
     handlers["jax_attn_fused_qkv_rope_cache"] =
         nb::capsule(reinterpret_cast<void*>(JAX_ATTN_FUSED_QKV_HANDLER));
+    handlers["jax_attn_small_seq_attention"] =
+        nb::capsule(reinterpret_cast<void*>(JAX_ATTN_SMALL_SEQ_HANDLER));
+    handlers["jax_attn_small_seq_attention_backward"] =
+        nb::capsule(reinterpret_cast<void*>(JAX_ATTN_SMALL_SEQ_BACKWARD_HANDLER));
     return handlers;
   });
   m.def("variants", [] {

@@ -31,11 +31,12 @@ inline const char* ErrorString(Error error) { return cudaGetErrorString(error); 
 inline void ClearLastError() { (void)cudaGetLastError(); }
 inline constexpr bool kCopiesThroughRegisters = false;
 inline constexpr int kMatrixRows[] = {8, 16};  // query rows of a block
-// Threads of a block, and how many blocks a core should have room for. HIP counts waves instead, and
-// spills registers for them.
-#define JAX_ATTN_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+inline constexpr bool kManyRegisters = true;   // the compiler is told how many a thread may have
 // A kernel parameter that is read where it was passed, not copied first.
 #define JAX_ATTN_PARAMETER const __grid_constant__
+// Threads of a block, and blocks for which a core is to have registers. AMD's compiler counts
+// waves, and without a number leaves as many registers as a block can have.
+#define JAX_ATTN_LAUNCH_BOUNDS(threads, ...) __launch_bounds__(threads, __VA_ARGS__)
 // Shared memory whose size the launch decides.
 #define JAX_ATTN_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
 #else
@@ -47,8 +48,9 @@ inline const char* ErrorString(Error error) { return hipGetErrorString(error); }
 inline void ClearLastError() { (void)hipGetLastError(); }
 inline constexpr bool kCopiesThroughRegisters = true;
 inline constexpr int kMatrixRows[] = {16, 32};
-#define JAX_ATTN_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads)
+inline constexpr bool kManyRegisters = false;
 #define JAX_ATTN_PARAMETER const
+#define JAX_ATTN_LAUNCH_BOUNDS(threads, ...) __launch_bounds__(threads)
 #define JAX_ATTN_DYNAMIC_SHARED(name) HIP_DYNAMIC_SHARED(__align__(16) char, name)
 #endif
 

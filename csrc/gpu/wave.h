@@ -165,6 +165,31 @@ JAX_ATTN_DEVICE float Max(float a, float b) {
 #endif
 }
 
+// ---- Loads that begin early
+
+// 16 bytes of an operand; zeros if they are not `wanted`, and nothing is read. Never by a branch,
+// behind which the next load would wait for this one.
+JAX_ATTN_DEVICE uint4 LoadIf(bool wanted, const void* from) {
+  uint4 x = {0, 0, 0, 0};
+#if JAX_ATTN_NVIDIA
+  asm("{ .reg .pred p; setp.ne.b32 p, %5, 0;\n"
+      "@p ld.global.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+      : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)
+      : "l"(from), "r"(static_cast<int>(wanted)));
+#else
+  if (wanted) x = *static_cast<const uint4*>(from);
+#endif
+  return x;
+}
+
+// Nothing moves over this. AMD's compiler begins all loads as early as it can, which takes more
+// registers than there are; NVIDIA's counts them.
+JAX_ATTN_DEVICE void KeepOrder() {
+#if !JAX_ATTN_NVIDIA
+  __builtin_amdgcn_sched_barrier(0);
+#endif
+}
+
 // ---- Kernels that follow each other
 
 // Lets the next kernel of the stream start, if it was launched to overlap this one.

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small-sequence attention as JAX sees it: result types, gradients, sharding, choice of kernel."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ TARGET = f"jax_attn_{NAME}"
 GRADIENT_TARGET = f"jax_attn_{GRADIENT_NAME}"
 
 _CAUSAL_CODE = {None: 0, "bottom_right": 1, "top_left": 2}
+_VENDOR = {"cpu": "CPU", "cuda": "CUDA", "rocm": "ROCm"}
 
 _QUERY = {"dense": "batch query_len", "packed": "query_token"}
 _KEY = {"dense": "batch kv_len", "packed": "kv_token"}
@@ -266,13 +268,15 @@ def _gradient_call(
 # ---- Kernels
 
 
-def _cpu_kernel(avals: Mapping[str, Any], results: Sequence[Any], options: Options) -> Any:
-    """What the CPU kernel is called with: target, extra results and attributes; or a reason."""
+def _kernel(
+    platform: str, avals: Mapping[str, Any], results: Sequence[Any], options: Options
+) -> Any:
+    """What a platform's kernel is called with: target, extra results, attributes; or a reason."""
     if options.implementation == "xla":
         return 'implementation="xla" was asked for'
-    module = registration.native_module("cpu")
+    module = registration.native_module(platform)
     if module is None:
-        return "the CPU kernels are not installed, or too new for this jaxlib"
+        return f"the {_VENDOR[platform]} kernels are not installed, or too new for this jaxlib"
     shapes = [a.shape for a in (*avals.values(), *results)]
     if not all(isinstance(size, int) for shape in shapes for size in shape):
         return "a dimension is symbolic, and a call of a kernel needs its size"
@@ -311,10 +315,15 @@ def describe(
     return Description(
         op=GRADIENT_NAME if "dout" in avals else NAME,
         bytes_moved=sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays),
-        variant=(options.variant or module.variants()[0]) if module else None,
+        variant=(options.variant or _variant(platform, module)) if module else None,
         num_splits=None,
         caches=(),
     )
+
+
+def _variant(platform: str, module: Any) -> str:
+    # Of those of a GPU, there is one for all problems.
+    return module.variants()[0] if platform == "cpu" else "vector"
 
 
 def _refuse_fallback(options: Options, platform: str, reason: str) -> None:
@@ -327,7 +336,7 @@ operation = primitives.Operation(
     results=_results,
     reference=_reference,
     call=_call,
-    kernels={"cpu": _cpu_kernel},
+    kernels={p: functools.partial(_kernel, p) for p in _VENDOR},
     refuse_fallback=_refuse_fallback,
 )
 
@@ -337,6 +346,6 @@ gradient_operation = primitives.Operation(
     results=_gradient_results,
     reference=_gradient_reference,
     call=_gradient_call,
-    kernels={"cpu": _cpu_kernel},
+    kernels={p: functools.partial(_kernel, p) for p in _VENDOR},
     refuse_fallback=_refuse_fallback,
 )

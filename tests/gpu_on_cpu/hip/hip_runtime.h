@@ -85,6 +85,7 @@ inline int atomicMax(int* at, int x) {
 
 inline void __syncthreads() { gpu_on_cpu::BlockBarrier(); }
 #define __builtin_amdgcn_fence(order, scope) ((void)0)
+#define __builtin_amdgcn_sched_barrier(mask) ((void)0)
 #define __builtin_amdgcn_wave_barrier() gpu_on_cpu::WaveBarrier()
 
 template <typename T>

@@ -1,0 +1,26 @@
+// Copyright 2026 The jax_attn Authors
+// SPDX-License-Identifier: Apache-2.0
+
+#ifndef JAX_ATTN_CSRC_GPU_SMALL_SEQ_ATTENTION_H_
+#define JAX_ATTN_CSRC_GPU_SMALL_SEQ_ATTENTION_H_
+
+#include <string>
+#include <string_view>
+
+#include "../small_seq_attention.h"
+#include "vendor.h"
+
+namespace jax_attn::gpu {
+
+inline constexpr std::string_view kSmallSeqVariant = "vector";
+
+// Launch the kernel that computes `p` on `stream`, and nothing else. A kv head of a sequence is
+// done by one team of lanes, so repeated calls give the same bits. Return an error, or "".
+std::string LaunchSmallSeqAttention(const SmallSeqAttentionParams& p, std::string_view variant,
+                                    const Device& device, Stream stream);
+std::string LaunchSmallSeqBackward(const SmallSeqBackwardParams& p, std::string_view variant,
+                                   const Device& device, Stream stream);
+
+}  // namespace jax_attn::gpu
+
+#endif  // JAX_ATTN_CSRC_GPU_SMALL_SEQ_ATTENTION_H_

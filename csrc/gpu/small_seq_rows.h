@@ -1,0 +1,120 @@
+// Copyright 2026 The jax_attn Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Logits of a query row and what becomes of them, and how blocks deal with their sequences.
+
+#ifndef JAX_ATTN_CSRC_GPU_SMALL_SEQ_ROWS_H_
+#define JAX_ATTN_CSRC_GPU_SMALL_SEQ_ROWS_H_
+
+#include <cstdint>
+
+#include "small_seq_sequence.h"
+#include "small_seq_team.h"
+
+namespace jax_attn::gpu {
+
+inline constexpr float kLog2OfE = 1.4426950408889634f;
+
+// The head that begins at an element of an operand.
+template <typename Team>
+JAX_ATTN_DEVICE const char* HeadOf(const TokenOperand& x, int64_t element) {
+  return static_cast<const char*>(x.data) + element * Team::kSize;
+}
+
+// The query rows of a kv head that see something: heads of a group, then queries.
+struct RowsOfHead {
+  struct Row {
+    int query;
+    int head;
+  };
+
+  JAX_ATTN_DEVICE RowsOfHead(const SmallSeqWork& w, const Sequence& seq, int kv_head)
+      : group(w.group_size),
+        first_query(seq.first_query),
+        first_head(kv_head * group),
+        count((seq.end_query - seq.first_query) * group) {}
+
+  // The first one in place of those that there are not.
+  JAX_ATTN_DEVICE Row At(int row) const {
+    if (row >= count) return {first_query, first_head};
+    return {first_query + row / group, first_head + row % group};
+  }
+
+  int group;
+  int first_query;
+  int first_head;
+  int count;
+};
+
+// What makes logits of a row's products with the keys.
+struct RowLogits {
+  RowLogits() = default;
+  JAX_ATTN_DEVICE RowLogits(const SmallSeqProblem& p, const Sequence& seq, int t, int64_t head)
+      : end(seq.VisibleKeys(p, t)) {
+    if (p.bias.data != nullptr) {
+      bias = seq.at.bias + head * p.bias.head_stride + t * p.bias.query_stride;
+    }
+  }
+
+  JAX_ATTN_DEVICE bool Sees(int key) const { return key < end; }
+
+  // The logit of a key that the row sees, from its product; and the derivative of the cap.
+  JAX_ATTN_DEVICE float Of(const SmallSeqProblem& p, float product, int key, float& slope) const {
+    float x = product * p.scale;
+    slope = 1;
+    if (p.logits_soft_cap != 0) {
+      const float tanh = tanhf(x / p.logits_soft_cap);
+      x = tanh * p.logits_soft_cap;
+      slope = 1 - tanh * tanh;
+    }
+    if (p.bias.data != nullptr) x += LoadElement(p.bias.data, p.bias.dtype, bias + key);
+    return x;
+  }
+
+  int end = 0;       // of the keys that it sees
+  int64_t bias = 0;  // where that of its first key is
+};
+
+// e^(x - top). Of logits that are all -inf none has weight; if some are inf, they have all of it.
+JAX_ATTN_DEVICE float Relative(float x, float top) {
+  if (x == top) return x == -kInfinity ? 0.0f : 1.0f;
+  return Exp2((x - top) * kLog2OfE);
+}
+
+JAX_ATTN_DEVICE float LogSumExp(float top, float total) {
+  if (total == 0) return -kInfinity;
+  return top == kInfinity ? top : top + logf(total);
+}
+
+// Calls visit(sequence, kv head, whether there is one) for each head of the block's sequences. All
+// lanes of a wave call it as often, and `visit` may exchange values between them. Packed: `packed`
+// is ready.
+template <int kLanes, typename Params, typename Visit>
+JAX_ATTN_DEVICE void ForEachHead(const Params& p, const SmallSeqWork& w, PackedSequences& packed,
+                                 Visit visit) {
+  const bool is_packed = p.packed();
+  const int team = static_cast<int>(threadIdx.x) / kLanes;
+  const int teams = static_cast<int>(blockDim.x) / kLanes;
+  const unsigned heads = static_cast<unsigned>(p.num_kv_heads);
+  // Of a dense batch a team has one head.
+  int first = is_packed ? 0 : static_cast<int>(blockIdx.x) * teams;
+  int count = is_packed ? packed.NextTile() * static_cast<int>(heads) : w.num_heads;
+  while (first < count) {
+    const bool is_there = first + team < count;
+    const unsigned item = static_cast<unsigned>(is_there ? first + team : first);
+    const int index = static_cast<int>(item / heads), head = static_cast<int>(item % heads);
+    Sequence seq = is_packed ? packed.At(p, index) : DenseSequence(p, index);
+    if (!is_there) seq.num_keys = seq.first_query = seq.end_query = 0;
+    visit(seq, head, is_there);
+    if (!is_packed) return;
+    first += teams;
+    if (first >= count) {
+      first = 0;
+      count = packed.NextTile() * static_cast<int>(heads);
+    }
+  }
+}
+
+}  // namespace jax_attn::gpu
+
+#endif  // JAX_ATTN_CSRC_GPU_SMALL_SEQ_ROWS_H_
