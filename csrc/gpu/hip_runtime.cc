@@ -16,6 +16,8 @@
 
 // What code that Clang generates calls, and no header declares.
 extern "C" {
+hipError_t __hipPopCallConfiguration(dim3* grid, dim3* block, size_t* shared_bytes,
+                                     hipStream_t* stream);
 void** __hipRegisterFatBinary(const void* binary);
 void __hipRegisterFunction(void** module, const void* kernel, char* device_name, const char* name,
                            unsigned thread_limit, void* thread, void* block, void* block_dim,
@@ -40,8 +42,7 @@ struct Module {
   void** registered = nullptr;  // by the library
 };
 
-// Modules register while static objects are made, in any order; Clang's own are never destroyed
-// after those of this file.
+// Modules register and unregister while static objects are made and destroyed, in any order.
 std::deque<Module>& Modules() {
   static auto* const modules = new std::deque<Module>;
   return *modules;
@@ -144,6 +145,11 @@ const char* hipGetErrorString(hipError_t error) {
   const Runtime& runtime = Runtime::Get();
   if (runtime.found) return runtime.hipGetErrorString(error);
   return "libamdhip64.so.7 or libamdhip64.so.6, of ROCm, is not loaded and cannot be found";
+}
+
+// For launches by <<<>>>, of which there are none.
+hipError_t __hipPopCallConfiguration(dim3*, dim3*, size_t*, hipStream_t*) {
+  return hipErrorNotSupported;
 }
 
 hipError_t hipLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** args,

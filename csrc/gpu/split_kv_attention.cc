@@ -200,11 +200,4 @@ std::string LaunchSplitKvAttention(const SplitKvAttentionParams& params, std::st
   return LaunchKernels(p, plan, maps, device, stream);
 }
 
-std::string LaunchPlan(const SplitKvAttentionParams& p, const SplitPlan& plan, const Device& device,
-                       Stream stream) {
-  TokenMaps maps;
-  if (plan.shape.stream && !MapTokens(p, plan.shape, maps)) return "there are no tensor maps";
-  return LaunchKernels(p, plan, maps, device, stream);
-}
-
 }  // namespace jax_attn::gpu

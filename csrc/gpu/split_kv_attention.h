@@ -18,10 +18,6 @@ namespace jax_attn::gpu {
 std::string LaunchSplitKvAttention(const SplitKvAttentionParams& p, std::string_view variant,
                                    const Device& device, Stream stream);
 
-// The same with a plan at hand.
-std::string LaunchPlan(const SplitKvAttentionParams& p, const SplitPlan& plan, const Device& device,
-                       Stream stream);
-
 }  // namespace jax_attn::gpu
 
 #endif  // JAX_ATTN_CSRC_GPU_SPLIT_KV_ATTENTION_H_

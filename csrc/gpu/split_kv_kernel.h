@@ -55,6 +55,8 @@ class Divisor {
   uint32_t factor_ = 1;
   uint32_t shift_ = 0;
 };
+static_assert(Divisor(7).Divide(2147483647) == 306783378 && Divisor(7).Remainder(13) == 6);
+static_assert(Divisor(1).Divide(2147483647) == 2147483647 && Divisor(128).Divide(127) == 0);
 
 // The last entry of a share: what is needed to find the parts of an entry that begins there and
 // goes on in the next shares. In units, counted from the first of all entries.

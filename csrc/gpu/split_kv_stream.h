@@ -124,6 +124,8 @@ class TileStream {
   }
 
  private:
+  using Walk = TileWalk<kTileKeys, kWaves>;
+
   // Begins the copy of the next tile, if there is one, to a stage that nobody reads.
   JAX_ATTN_DEVICE void Begin(int stage) {
     while (active_ && !walk_.InPart()) {
@@ -152,8 +154,6 @@ class TileStream {
     }
     walk_.NextTile();
   }
-
-  using Walk = TileWalk<kTileKeys, kWaves>;
 
   // What a wave reads before it can work on the part is asked for before the tiles of the part,
   // since later requests wait behind them.
@@ -244,7 +244,7 @@ class StreamCore {
     const bool whole = walk.key() >= walk.keys().begin && last <= walk.keys().end;
     if (!whole) ClearValues(walk, tile);
     const int lane = Lane();
-    // Lines are 128 bytes: keys have one of each half of their elements, or more.
+    // 64 elements of a key are a line of 128 bytes, with piece i of 16 bytes at i ^ key % 8.
     const uint32_t keys = SharedAddress(tile) + lane % 16 * 128 + ((lane / 16 ^ lane % 8) * 16);
     float x[kBlocks][kElements], other[kBlocks][kElements];
 #pragma unroll

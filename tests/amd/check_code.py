@@ -81,7 +81,7 @@ def instructions(path):
 
 
 def readable(name):
-    """A kernel's name with the types that it is for, such as `MatrixCore<bfloat16, int8, 128, 16>`."""
+    """A kernel's name with its types in words, such as `MatrixCore<bfloat16, int8, 128, 16>`."""
     plain = tool("cxxfilt", name)
     core = re.search(r"\w+Core<.*?>(?=>)", plain) or re.search(r"\w+Kernel", plain)
     types = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn", "float8_e4m3fnuz")

@@ -16,13 +16,18 @@ import sys
 import zipfile
 
 LLVM = "-22"  # suffix of LLVM's tools
-TARGETS = ("90a", "942", "950", "1100", "1201")
+TARGETS = ("906", "90a", "942", "950", "1100", "1201")  # gfx906: what CMake tries the compiler with
 IN_WHEEL = "triton/backends/amd/"
 
 HIP_LANG = """\
+add_library(hip-lang::amdhip64 SHARED IMPORTED)
+set_target_properties(hip-lang::amdhip64 PROPERTIES
+  IMPORTED_LOCATION "{root}/lib/libamdhip64.so" IMPORTED_SONAME libamdhip64.so.7)
 add_library(hip-lang::device INTERFACE IMPORTED)
 set_target_properties(hip-lang::device PROPERTIES
-  INTERFACE_SYSTEM_INCLUDE_DIRECTORIES "$<$<COMPILE_LANGUAGE:HIP>:{root}/include>")
+  INTERFACE_LINK_LIBRARIES hip-lang::amdhip64
+  INTERFACE_SYSTEM_INCLUDE_DIRECTORIES "$<$<COMPILE_LANGUAGE:HIP>:{root}/include>"
+  INTERFACE_LINK_OPTIONS "$<$<LINK_LANGUAGE:HIP>:--hip-link>")
 set(_CMAKE_HIP_DEVICE_RUNTIME_TARGET "hip-lang::device")
 """
 
@@ -35,9 +40,12 @@ def main(wheel, root):
     for name, constants in control_libraries():
         write_library(libraries, name, constants)
     write(root / "share" / "hip" / "version", "".join(f"{k}={v}\n" for k, v in version(root)))
-    write(
-        root / "lib" / "cmake" / "hip-lang" / "hip-lang-config.cmake", HIP_LANG.format(root=root)
-    )
+    write(root / "lib" / "cmake" / "hip-lang" / "hip-lang-config.cmake", HIP_LANG.format(root=root))
+    stand_in = str(pathlib.Path(__file__).with_name("stand_in.c"))
+    soname = "libamdhip64.so.7"
+    options = ("-shared", "-fPIC", "-O1", "-Wall", "-Wextra", f"-Wl,-soname,{soname}")
+    run(f"clang{LLVM}", *options, stand_in, "-o", str(root / "lib" / soname))
+    (root / "lib" / "libamdhip64.so").symlink_to(soname)
     (root / "complete").touch()
 
 
