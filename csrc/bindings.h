@@ -51,7 +51,6 @@ inline nb::list Capabilities(std::string_view platform) {
     };
     row["max_query_len"] = length(capability.max_query_len);
     row["max_kv_len"] = length(capability.max_kv_len);
-    row["query_offset"] = capability.query_offset;
     rows.append(row);
   }
   return rows;
@@ -64,13 +63,13 @@ inline void DefineCommon(nb::module_& m, const char* platform) {
       "refusal",
       [platform](const std::string& op, const std::string& query_dtype,
                  const std::string& cache_dtype, int64_t head_dim, int64_t v_head_dim,
-                 int64_t num_batch_dims, int64_t query_len, int64_t kv_len, bool query_offset) {
+                 int64_t num_batch_dims, int64_t query_len, int64_t kv_len) {
         return Refusal(op, platform, DTypeNamed(query_dtype), DTypeNamed(cache_dtype), head_dim,
-                       v_head_dim, num_batch_dims, query_len, kv_len, query_offset);
+                       v_head_dim, num_batch_dims, query_len, kv_len);
       },
       nb::arg("op"), nb::kw_only(), nb::arg("query_dtype"), nb::arg("cache_dtype"),
       nb::arg("head_dim"), nb::arg("v_head_dim"), nb::arg("num_batch_dims"),
-      nb::arg("query_len") = 0, nb::arg("kv_len") = 0, nb::arg("query_offset") = false);
+      nb::arg("query_len") = 0, nb::arg("kv_len") = 0);
 }
 
 }  // namespace jax_attn

@@ -20,7 +20,7 @@ std::string Names(DTypeSet set) {
 
 std::string Refusal(std::string_view op, std::string_view platform, DType query_dtype,
                     DType cache_dtype, int64_t head_dim, int64_t v_head_dim, int64_t num_batch_dims,
-                    int64_t query_len, int64_t kv_len, bool has_query_offset) {
+                    int64_t query_len, int64_t kv_len) {
   const Capability* row = nullptr;
   for (const Capability& candidate : kCapabilities) {
     if (candidate.op == op && candidate.platform == platform) row = &candidate;
@@ -53,9 +53,6 @@ std::string Refusal(std::string_view op, std::string_view platform, DType query_
   if (num_batch_dims > kMaxBatchDims) {
     return "vmap is nested " + std::to_string(num_batch_dims - 1) + " deep, at most " +
            std::to_string(kMaxBatchDims - 1) + " is supported";
-  }
-  if (has_query_offset && !row->query_offset) {
-    return "keys that are a part of their context (query_offset) are not supported";
   }
   return "";
 }

@@ -34,34 +34,27 @@ struct Capability {
   int64_t max_head_dim;
   int64_t max_query_len;
   int64_t max_kv_len;
-  bool query_offset;  // whether queries may stand anywhere: keys can be a part of the context
 };
 
 // A length that is not bounded.
 inline constexpr int64_t kAnyLength = INT64_MAX;
 
 inline constexpr Capability kCapabilities[] = {
-    {"split_kv_attention", "cpu", kFloats, kFloats | kQuantized, 8, 512, kAnyLength, kAnyLength,
-     true},
-    {"split_kv_attention", "cuda", kFloats, kFloats | kQuantized, 8, 512, kAnyLength, kAnyLength,
-     true},
-    {"split_kv_attention", "rocm", kFloats, kFloats | kQuantized, 8, 512, kAnyLength, kAnyLength,
-     true},
-    {"fused_qkv_rope_cache", "cpu", kFloats, kFloats | kQuantized, 8, 512, kAnyLength, kAnyLength,
-     false},
-    {"fused_qkv_rope_cache", "cuda", kFloats, kFloats | kQuantized, 8, 512, kAnyLength, kAnyLength,
-     false},
-    {"fused_qkv_rope_cache", "rocm", kFloats, kFloats | kQuantized, 8, 512, kAnyLength, kAnyLength,
-     false},
-    {"small_seq_attention", "cpu", kFloats, kFloats, 8, 512, 32, 64, false},
-    {"small_seq_attention", "cuda", kFloats, kFloats, 8, 512, 32, 64, false},
-    {"small_seq_attention", "rocm", kFloats, kFloats, 8, 512, 32, 64, false},
+    {"split_kv_attention", "cpu", kFloats, kFloats | kQuantized, 8, 512, kAnyLength, kAnyLength},
+    {"split_kv_attention", "cuda", kFloats, kFloats | kQuantized, 8, 512, kAnyLength, kAnyLength},
+    {"split_kv_attention", "rocm", kFloats, kFloats | kQuantized, 8, 512, kAnyLength, kAnyLength},
+    {"fused_qkv_rope_cache", "cpu", kFloats, kFloats | kQuantized, 8, 512, kAnyLength, kAnyLength},
+    {"fused_qkv_rope_cache", "cuda", kFloats, kFloats | kQuantized, 8, 512, kAnyLength, kAnyLength},
+    {"fused_qkv_rope_cache", "rocm", kFloats, kFloats | kQuantized, 8, 512, kAnyLength, kAnyLength},
+    {"small_seq_attention", "cpu", kFloats, kFloats, 8, 512, 32, 64},
+    {"small_seq_attention", "cuda", kFloats, kFloats, 8, 512, 32, 64},
+    {"small_seq_attention", "rocm", kFloats, kFloats, 8, 512, 32, 64},
 };
 
 // Why the kernel of `op` on `platform` refuses a problem; empty if it takes it.
 std::string Refusal(std::string_view op, std::string_view platform, DType query_dtype,
                     DType cache_dtype, int64_t head_dim, int64_t v_head_dim, int64_t num_batch_dims,
-                    int64_t query_len = 0, int64_t kv_len = 0, bool has_query_offset = false);
+                    int64_t query_len = 0, int64_t kv_len = 0);
 
 }  // namespace jax_attn
 

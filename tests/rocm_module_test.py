@@ -4,6 +4,8 @@
 
 import importlib.machinery
 import pathlib
+import re
+import shutil
 import subprocess
 import sys
 
@@ -35,9 +37,21 @@ print(plan["num_cores"], 0 if library is None else library.StandInKernels())
 """
 
 
-def run(*command, **environment):
+def run_all(*command, **environment):
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return done.stdout.split("\n")[0]
+    return done.stdout
+
+
+def run(*command, **environment):
+    return run_all(*command, **environment).split("\n")[0]
+
+
+def test_module_needs_nothing_of_the_library():
+    # What it takes from other libraries when it is loaded, or when a function is first called.
+    symbols = run_all(shutil.which("readelf"), "--wide", "--dynamic", "--dyn-syms", MODULE)
+    assert "PyInit__rocm" in symbols
+    assert "amdhip64" not in symbols
+    assert not [line for line in symbols.splitlines() if re.search(r"\b(__)?hip[A-Z]", line)]
 
 
 def test_module_loads_and_plans_without_the_library():

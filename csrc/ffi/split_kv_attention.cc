@@ -28,9 +28,8 @@ class Reader : OperandReader {
     ReadQuery(query);
     ReadContext(key, value);
     if (failed()) return ToError();
-    const std::string refusal =
-        Refusal(kOp, platform, p_.query_dtype, p_.key.dtype, p_.head_dim, p_.v_head_dim,
-                p_.batch.num_dims, 0, 0, HasName(attrs_.operands, "query_offset"));
+    const std::string refusal = Refusal(kOp, platform, p_.query_dtype, p_.key.dtype, p_.head_dim,
+                                        p_.v_head_dim, p_.batch.num_dims);
     if (!refusal.empty()) return InvalidArgument(kOp, refusal);
     // kv_len of a paged context comes from the page table, so that one is read first.
     ForEachOperand(attrs_.operands, rest, [&](std::string_view name, ffi::AnyBuffer buffer) {

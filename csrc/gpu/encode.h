@@ -1,7 +1,8 @@
 // Copyright 2026 The jax_attn Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// From floats to 8-bit formats: rounding to nearest even, saturating. NaN stays NaN, or is 0 in int8.
+// From floats to 8-bit formats: rounding to nearest even, saturating. NaN stays NaN, or is 0 in
+// int8.
 
 #ifndef JAX_ATTN_CSRC_GPU_ENCODE_H_
 #define JAX_ATTN_CSRC_GPU_ENCODE_H_

@@ -137,7 +137,8 @@ class FusedQkvItem {
           // Only a rotated partner may be multiplied, even by 0: it may be infinite.
           if (at_.rotated) y[k][i] += x[1 - k][i] * factors.other[k][i];
         } else if ((factors.rotated >> (k * kPieceSize + i) & 1u) != 0) {
-          const float partner = kKernel == QkvKernel::kNeighbours ? x[k][i ^ 1] : Partner(head, k, i);
+          const float partner =
+              kKernel == QkvKernel::kNeighbours ? x[k][i ^ 1] : Partner(head, k, i);
           y[k][i] += partner * factors.other[k][i];
         }
         y[k][i] *= inverse;
@@ -164,8 +165,7 @@ class FusedQkvItem {
     const RotaryDim dim(w_, part_, (k == 0 ? at_.first : at_.second) * kPieceSize + i);
     float x = LoadElement(HeadOf(head), kDType, dim.partner);
     if (part_.over_all_heads && part_.weight != nullptr) {
-      const int64_t at =
-          b_.Offset(WeightStrides()) + int64_t{head} * part_.head_dim + dim.partner;
+      const int64_t at = b_.Offset(WeightStrides()) + int64_t{head} * part_.head_dim + dim.partner;
       x *= w_.weight_offset + LoadElement(part_.weight, part_.weight_dtype, at);
     }
     return x;
@@ -190,8 +190,8 @@ class FusedQkvItem {
     place.data = pages.data + (b_.Times(b_.batch.pages[which]) + row) * size;
     place.head_stride = pages.head_stride * size;
     if (pages.dynamic_scale != nullptr) {
-      place.dynamic_scale = pages.dynamic_scale + b_.Times(b_.batch.dynamic_scales[which]) +
-                            row / part_.head_dim;
+      place.dynamic_scale =
+          pages.dynamic_scale + b_.Times(b_.batch.dynamic_scales[which]) + row / part_.head_dim;
       place.scale_stride = pages.head_stride / part_.head_dim;
     } else if (pages.scale != nullptr) {
       place.scale = b_.At(pages.scale, b_.batch.scales[which]) + layer * pages.scale_layer_stride +

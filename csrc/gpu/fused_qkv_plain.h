@@ -3,8 +3,8 @@
 
 // The fused QKV pass of most models, with as few instructions as it takes: a call with one token
 // waits for each of them. A wave computes heads of one kind, queries, gates, keys or values. Some
-// lanes have a head, two pieces of kSize elements of it each, so that a rotation needs no other lane:
-// small pieces where few tokens wait for a lane, large ones where many do.
+// lanes have a head, two pieces of kSize elements of it each, so that a rotation needs no other
+// lane: small pieces where few tokens wait for a lane, large ones where many do.
 
 #ifndef JAX_ATTN_CSRC_GPU_FUSED_QKV_PLAIN_H_
 #define JAX_ATTN_CSRC_GPU_FUSED_QKV_PLAIN_H_
@@ -194,7 +194,8 @@ class FusedQkvPlainItem {
     pieces[1].Decode(x[1]);
     float inverse = 1.0f;
     if (w_.normalizes) {
-      // A tree over neighbours, in lanes and then across them: the same sums for pieces of any size.
+      // A tree over neighbours, in lanes and then across them: the same sums for pieces of any
+      // size.
       float sums[kSize];
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {

@@ -126,8 +126,8 @@ QkvKernel KernelOf(const FusedQkvRopeCacheParams& p) {
   return Converts(p) ? QkvKernel::kPlainConverting : QkvKernel::kPlain;
 }
 
-FusedQkvWork MakeWork(const FusedQkvRopeCacheParams& p, QkvKernel kernel,
-                      const FusedQkvPlan& plan, int wave_size) {
+FusedQkvWork MakeWork(const FusedQkvRopeCacheParams& p, QkvKernel kernel, const FusedQkvPlan& plan,
+                      int wave_size) {
   FusedQkvWork w;
   for (int kind = 0; kind < kNumQkvKinds; ++kind) {
     QkvPart& part = w.parts[kind] = MakePart(p, static_cast<QkvKind>(kind));
@@ -354,7 +354,8 @@ std::string LaunchFusedQkvPlan(const FusedQkvRopeCacheParams& p, const FusedQkvP
     void* args[] = {&work, &batch};
     error = Launch(FindKernel(p.dtype, kernel, 0), shape, stream, args);
   }
-  return error == kSuccess ? "" : std::string("a kernel could not be launched: ") + ErrorString(error);
+  return error == kSuccess ? ""
+                           : std::string("a kernel could not be launched: ") + ErrorString(error);
 }
 
 }  // namespace jax_attn::gpu

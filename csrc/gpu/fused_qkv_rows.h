@@ -190,8 +190,8 @@ JAX_ATTN_DEVICE void StorePieces(DType dtype, const float (&x)[2][kSize], const 
   }
 }
 
-// Stores a row of a token in another type, or scaled; 2^`lane_bits` lanes have it. All lanes of the wave
-// call this; those that have nothing to store are not `wanted`.
+// Stores a row of a token in another type, or scaled; 2^`lane_bits` lanes have it. All lanes of the
+// wave call this; those that have nothing to store are not `wanted`.
 template <DType kDType, int kSize>
 JAX_ATTN_DEVICE void ConvertRow(const CachePlace& place, DType dtype, int head, int lane_bits,
                                 const LanePieces& at, const Piece<kDType, kSize> (&pieces)[2],

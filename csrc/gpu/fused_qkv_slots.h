@@ -20,7 +20,7 @@ inline constexpr int64_t kNoSlot = -1;
 
 // What a lane has read to find out whether a token is stored.
 struct SlotReads {
-  int64_t slot = kNoSlot;  // of the token
+  int64_t slot = kNoSlot;   // of the token
   int64_t later = kNoSlot;  // of a later one
 };
 

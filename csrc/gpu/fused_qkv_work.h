@@ -22,11 +22,11 @@ inline constexpr int kBlockSlotsBytes = 20 * kMaxBlockTokens;
 // The kernels. What a plain one cannot do costs others registers, and instructions that a call with
 // few tokens would wait for.
 enum class QkvKernel : int32_t {
-  kPlain,            // what most models have; see PlainReasons of the host code
+  kPlain,            // what most models have; KernelOf in the host code says what
   kPlainConverting,  // the same, for a cache of another type, or with scales
-  kHalves,           // whole pieces of the first half of the rotary dims pair with the second half's
-  kNeighbours,       // pairs are inside a piece
-  kAnywhere,         // any others; also the kernel for dimensions of vmap
+  kHalves,      // whole pieces of the first half of the rotary dims pair with the second half's
+  kNeighbours,  // pairs are inside a piece
+  kAnywhere,    // any others; also the kernel for dimensions of vmap
 };
 
 constexpr bool IsPlain(QkvKernel kernel) {
@@ -98,7 +98,7 @@ struct FusedQkvWork {
   int32_t first_items[kNumQkvKinds + 1] = {};  // of a token, by kind; the last: all
   QkvPart parts[kNumQkvKinds];
   const void* qkv = nullptr;
-  QkvPages pages[2];  // of keys, of values
+  QkvPages pages[2];                  // of keys, of values
   const int32_t* slots_32 = nullptr;  // one of the two
   const int64_t* slots_64 = nullptr;
   const int32_t* layer = nullptr;

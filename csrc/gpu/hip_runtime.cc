@@ -82,6 +82,7 @@ class Runtime {
   FUNCTION(hipGetErrorString);
   FUNCTION(hipGetLastError);
   FUNCTION(hipLaunchKernel);
+  FUNCTION(hipMemcpyAsync);
   FUNCTION(__hipUnregisterFatBinary);
   bool found = false;
 
@@ -92,7 +93,7 @@ class Runtime {
 
   Runtime() {
     found = hipDeviceGetAttribute && hipGetDevice && hipGetErrorString && hipGetLastError &&
-            hipLaunchKernel && __hipRegisterFatBinary && __hipRegisterFunction;
+            hipLaunchKernel && hipMemcpyAsync && __hipRegisterFatBinary && __hipRegisterFunction;
     if (!found) return;
     for (Module& module : Modules()) {
       module.registered = __hipRegisterFatBinary(module.binary);
@@ -106,8 +107,12 @@ class Runtime {
 
 }  // namespace
 
-// Hidden, so that nobody else in the process gets these for the library's.
-#pragma GCC visibility push(hidden)
+// Hidden, so that nobody else in the process gets these for the library's, nor the module the
+// library's for these. HIP's header declares them to be visible, which an attribute cannot undo.
+asm(".hidden __hipPopCallConfiguration, __hipRegisterFatBinary, __hipRegisterFunction");
+asm(".hidden __hipUnregisterFatBinary, hipDeviceGetAttribute, hipGetDevice, hipGetErrorString");
+asm(".hidden hipGetLastError, hipLaunchKernel, hipMemcpyAsync");
+
 extern "C" {
 
 void** __hipRegisterFatBinary(const void* binary) {
@@ -159,5 +164,11 @@ hipError_t hipLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arg
                        : hipErrorSharedObjectInitFailed;
 }
 
+hipError_t hipMemcpyAsync(void* to, const void* from, size_t bytes, hipMemcpyKind kind,
+                          hipStream_t stream) {
+  const Runtime& runtime = Runtime::Get();
+  return runtime.found ? runtime.hipMemcpyAsync(to, from, bytes, kind, stream)
+                       : hipErrorSharedObjectInitFailed;
+}
+
 }  // extern "C"
-#pragma GCC visibility pop

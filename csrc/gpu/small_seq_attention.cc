@@ -11,7 +11,7 @@
 namespace jax_attn::gpu {
 namespace {
 
-constexpr int64_t kMaxCount = int64_t{1} << 31;
+constexpr int64_t kMaxCount = int64_t{1} << 30;
 
 // Shared memory of a block up to which weights of all rows are kept: four blocks fit on a core.
 constexpr int64_t kMaxWeightBytes = 40 * 1024;
@@ -66,18 +66,19 @@ std::string LaunchFor(const Params& p, bool backward, std::string_view variant,
     shape.keys = 0;
     kernel = FindKernel(p.dtype, shape, backward);
   }
-  if (kernel == nullptr) return "there is no kernel of this shape";
 
   LaunchShape launch;
   launch.threads = kMaxThreads;
   const int64_t teams = launch.threads / shape.lanes;
   const int64_t heads = p.batch.count * p.num_kv_heads;
-  if (heads >= kMaxCount) return "there are more than 2^31 heads of sequences";
+  int64_t arrays = 1;  // packed ones
+  for (int d = 0; d < p.batch.num_dims - 1; ++d) arrays *= p.batch.sizes[d];
+  if (heads >= kMaxCount || arrays >= kMaxCount) {
+    return "there are 2^30 heads of sequences, or packed arrays, or more";
+  }
   SmallSeqWork w;
   int64_t blocks = CeilDiv(heads, teams);
   if (p.packed()) {
-    int64_t arrays = 1;
-    for (int d = 0; d < p.batch.num_dims - 1; ++d) arrays *= p.batch.sizes[d];
     if (arrays == 0) return "";
     const int64_t useful = CeilDiv(p.num_sequences() * p.num_kv_heads, teams);
     const int64_t most = CeilDiv(device.num_cores * kPackedBlocksPerCore, arrays);
@@ -86,7 +87,6 @@ std::string LaunchFor(const Params& p, bool backward, std::string_view variant,
     w.sequences_per_block = static_cast<int>(size);
     w.blocks_per_array = static_cast<int>(std::max<int64_t>(1, CeilDiv(p.num_sequences(), size)));
     blocks = w.blocks_per_array * arrays;
-    if (blocks >= kMaxCount) return "there are more than 2^31 packed arrays";
   }
   if (blocks == 0) return "";
   w.num_heads = static_cast<int>(heads);

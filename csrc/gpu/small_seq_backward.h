@@ -252,14 +252,19 @@ class RowGradients {
         parts[i] = Team::Load(key, dim_, j + i < num_keys);
       }
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) products[i] = Team::Multiply(x, parts[i]);
-      KeepOrder();
+      for (int i = 0; i < kChunk; ++i) {
+        products[i] = Team::Multiply(x, parts[i]);
+        KeepOrder();
+      }
 #pragma unroll
       for (int i = 0; i < kChunk; ++i, value += value_bytes_) {
         parts[i] = Team::Load(value, v_dim_, j + i < num_keys);
       }
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) dproducts[i] = Team::Multiply(dx, parts[i]);
+      for (int i = 0; i < kChunk; ++i) {
+        dproducts[i] = Team::Multiply(dx, parts[i]);
+        KeepOrder();
+      }
       const float product = Team::SumOverTeam(products), dproduct = Team::SumOverTeam(dproducts);
       if (!wanted || !row.Sees(j + own)) continue;
       float slope;
@@ -272,8 +277,9 @@ class RowGradients {
       }
     }
     mean = SumOfChunk(mean);
-    if (wanted && p_.dlse.data != nullptr)
+    if (wanted && p_.dlse.data != nullptr) {
       mean -= p_.dlse.data[seq_.at.dlse + seq_.QueryIn(p_, t, head)];
+    }
     WaveFence();
 
     float dquery[Team::kElements];

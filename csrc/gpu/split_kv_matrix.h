@@ -51,8 +51,8 @@ class MatrixCore {
         s_(s),
         queries_(queries),
         query_stride_(SharedStride(p.head_dim, 2)),
-        k_stride_(SharedStride(p.head_dim, SizeOf(kStored))),
-        v_stride_(SharedStride(p.v_head_dim, SizeOf(kStored))),
+        k_stride_(FreshOfLane(SharedStride(p.head_dim, SizeOf(kStored)))),
+        v_stride_(FreshOfLane(SharedStride(p.v_head_dim, SizeOf(kStored)))),
         lane_(FreshOfLane(Lane())) {
     if constexpr (kHoldsQueries) {
 #pragma unroll

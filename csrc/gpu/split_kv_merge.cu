@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   if (w.cut != Cut::kShares) slots = SlotsOfEntry(p, w, index);
   // Before the split kernel has ended, all is done once for nothing: by then keys have thrown the
   // instructions and parameters of this kernel out of the caches, and each would be a wait.
-  for (bool rehearsal = true;; rehearsal = false) {
+  for (bool rehearsal = kOverlapsKernels;; rehearsal = false) {
     if (!rehearsal) {
       WaitForPreviousKernel();
       if (w.cut == Cut::kShares) {

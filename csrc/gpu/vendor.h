@@ -30,12 +30,13 @@ inline const char* ErrorString(Error error) { return cudaGetErrorString(error); 
 // Clears what a failed call leaves behind for the next one that asks.
 inline void ClearLastError() { (void)cudaGetLastError(); }
 inline constexpr bool kCopiesThroughRegisters = false;
-inline constexpr int kMatrixRows[] = {8, 16};  // query rows of a block
-inline constexpr bool kManyRegisters = true;   // the compiler is told how many a thread may have
+inline constexpr bool kOverlapsKernels = true;  // where the device can: LaunchShape
+inline constexpr int kMatrixRows[] = {8, 16};   // query rows of a block
+inline constexpr bool kManyRegisters = true;    // for unrolled loops
 // A kernel parameter that is read where it was passed, not copied first.
 #define JAX_ATTN_PARAMETER const __grid_constant__
-// Threads of a block, and blocks for which a core is to have registers. AMD's compiler counts
-// waves, and without a number leaves as many registers as a block can have.
+// Threads of a block, and how many blocks a core should have room for. HIP counts waves instead,
+// and spills registers for them.
 #define JAX_ATTN_LAUNCH_BOUNDS(threads, ...) __launch_bounds__(threads, __VA_ARGS__)
 // Shared memory whose size the launch decides.
 #define JAX_ATTN_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
@@ -47,6 +48,7 @@ inline constexpr Error kSuccess = hipSuccess;
 inline const char* ErrorString(Error error) { return hipGetErrorString(error); }
 inline void ClearLastError() { (void)hipGetLastError(); }
 inline constexpr bool kCopiesThroughRegisters = true;
+inline constexpr bool kOverlapsKernels = false;
 inline constexpr int kMatrixRows[] = {16, 32};
 inline constexpr bool kManyRegisters = false;
 #define JAX_ATTN_PARAMETER const

@@ -18,6 +18,9 @@ _MODULES = {
     "rocm": ("jax_attn._native._rocm", "ROCM"),
 }
 
+# What the kernels of a platform are called.
+VENDORS = {"cpu": "CPU", "cuda": "CUDA", "rocm": "ROCm"}
+
 
 @functools.cache
 def native_module(platform: str) -> types.ModuleType | None:
@@ -48,6 +51,11 @@ def native_module(platform: str) -> types.ModuleType | None:
     for target, handler in module.handlers().items():
         jax.ffi.register_ffi_target(target, handler, platform=registry_platform)
     return module
+
+
+def missing(platform: str) -> str:
+    """Returns why `native_module` returns None for a platform."""
+    return f"the {VENDORS[platform]} kernels are not installed, or too new for this jaxlib"
 
 
 def runtime_ffi_api_version() -> tuple[int, int]:

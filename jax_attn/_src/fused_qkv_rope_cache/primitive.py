@@ -25,7 +25,6 @@ TARGET = "jax_attn_fused_qkv_rope_cache"
 _GATE_CODE = {None: 0, "interleaved": 1, "blocked": 2}
 _LAYOUT_CODE = {"NHD": 1, "HND": 2}
 _SCOPE_CODE = {"head": 1, "all_heads": 2}
-_VENDOR = {"cpu": "CPU", "cuda": "CUDA", "rocm": "ROCm"}
 
 _QUERIES = "token (kv_head group) head_dim"
 _ARRAYS = {
@@ -222,7 +221,7 @@ def _kernel(
         return 'implementation="xla" was asked for'
     module = registration.native_module(platform)
     if module is None:
-        return f"the {_VENDOR[platform]} kernels are not installed, or too new for this jaxlib"
+        return registration.missing(platform)
     qkv, k_pages, v_pages = (avals[name] for name in ("qkv", "k_pages", "v_pages"))
     reason = module.refusal(
         NAME,
@@ -301,7 +300,7 @@ operation = primitives.Operation(
     results=_results,
     reference=_reference,
     call=_call,
-    kernels={p: functools.partial(_kernel, p) for p in _VENDOR},
+    kernels={p: functools.partial(_kernel, p) for p in registration.VENDORS},
     refuse_fallback=_refuse_fallback,
     aliases=_aliases,
     only_for_aliases=("k_pages", "v_pages", "slot_mapping", "layer", "k_scale", "v_scale"),

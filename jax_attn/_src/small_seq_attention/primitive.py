@@ -28,7 +28,6 @@ TARGET = f"jax_attn_{NAME}"
 GRADIENT_TARGET = f"jax_attn_{GRADIENT_NAME}"
 
 _CAUSAL_CODE = {None: 0, "bottom_right": 1, "top_left": 2}
-_VENDOR = {"cpu": "CPU", "cuda": "CUDA", "rocm": "ROCm"}
 
 _QUERY = {"dense": "batch query_len", "packed": "query_token"}
 _KEY = {"dense": "batch kv_len", "packed": "kv_token"}
@@ -276,7 +275,7 @@ def _kernel(
         return 'implementation="xla" was asked for'
     module = registration.native_module(platform)
     if module is None:
-        return f"the {_VENDOR[platform]} kernels are not installed, or too new for this jaxlib"
+        return registration.missing(platform)
     shapes = [a.shape for a in (*avals.values(), *results)]
     if not all(isinstance(size, int) for shape in shapes for size in shape):
         return "a dimension is symbolic, and a call of a kernel needs its size"
@@ -336,7 +335,7 @@ operation = primitives.Operation(
     results=_results,
     reference=_reference,
     call=_call,
-    kernels={p: functools.partial(_kernel, p) for p in _VENDOR},
+    kernels={p: functools.partial(_kernel, p) for p in registration.VENDORS},
     refuse_fallback=_refuse_fallback,
 )
 
@@ -346,6 +345,6 @@ gradient_operation = primitives.Operation(
     results=_gradient_results,
     reference=_gradient_reference,
     call=_gradient_call,
-    kernels={p: functools.partial(_kernel, p) for p in _VENDOR},
+    kernels={p: functools.partial(_kernel, p) for p in registration.VENDORS},
     refuse_fallback=_refuse_fallback,
 )

@@ -26,7 +26,6 @@ NAME = "split_kv_attention"
 TARGET = "jax_attn_split_kv_attention"
 
 _CAUSAL_CODE = {None: 0, "bottom_right": 1, "top_left": 2}
-_VENDOR = {"cpu": "CPU", "cuda": "CUDA", "rocm": "ROCm"}
 _LAYOUT_CODE = {None: 0, "NHD": 1, "HND": 2}
 
 # What the gradients are computed from besides the operands.
@@ -118,7 +117,7 @@ def _kernel(
         return 'implementation="xla" was asked for'
     module = registration.native_module(platform)
     if module is None:
-        return f"the {_VENDOR[platform]} kernels are not installed, or too new for this jaxlib"
+        return registration.missing(platform)
     shapes = [a.shape for a in (*avals.values(), *results)]
     if not all(isinstance(size, int) for shape in shapes for size in shape):
         return "a dimension is symbolic, and the kernel's workspace needs its size"
@@ -131,7 +130,6 @@ def _kernel(
         head_dim=query.shape[-1],
         v_head_dim=out_shape[-1],
         num_batch_dims=len(out_shape) - 3,
-        query_offset="query_offset" in avals,
     )
     if reason:
         return reason
@@ -257,7 +255,7 @@ operation = primitives.Operation(
     results=_results,
     reference=_reference,
     call=declaration.call,
-    kernels={p: functools.partial(_kernel, p) for p in _VENDOR},
+    kernels={p: functools.partial(_kernel, p) for p in registration.VENDORS},
     refuse_fallback=_refuse_fallback,
     on_shards=shards.attend,
 )
