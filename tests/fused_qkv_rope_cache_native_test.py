@@ -389,7 +389,13 @@ def test_explain():
     )
     (call,) = jax_attn.explain(jax.jit(update, donate_argnums=0))(cache, qkv)
     assert call.cache_copies == 0
-    (call,) = jax_attn.explain(update, platform="tpu")(cache, qkv)
+    with pytest.raises(NotImplementedError, match="cannot be used on tpu"):
+        jax_attn.explain(update, platform="tpu")(cache, qkv)
+
+    def update_anyhow(cache, qkv):
+        return problem.call((qkv, cache, slots), keywords | {"implementation": None})
+
+    (call,) = jax_attn.explain(update_anyhow, platform="tpu")(cache, qkv)
     assert call.implementation == "xla"
     assert call.refused == {"native": "there is no kernel for fused_qkv_rope_cache on tpu"}
 
