@@ -58,6 +58,14 @@ def missing(platform: str) -> str:
     return f"the {VENDORS[platform]} kernels are not installed, or too new for this jaxlib"
 
 
+def variant_of(platform: str, chosen: str) -> str | None:
+    """Returns the variant of an operation with one for all problems; None without kernels."""
+    module = native_module(platform)
+    if module is None:
+        return None
+    return chosen or (module.variants()[0] if platform == "cpu" else "vector")
+
+
 def runtime_ffi_api_version() -> tuple[int, int]:
     """Returns the major and minor version of the FFI that the running jaxlib was built with."""
     header = pathlib.Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()

@@ -178,10 +178,8 @@ def _own_slots(
 ) -> jax.Array:
     """Counts slots from the first page of a device; those on other devices become -1."""
     k_pages, slots = operands["k_pages"], operands["slot_mapping"]
-    num_pages, page_size = (
-        k_pages.shape[-4],
-        k_pages.shape[-3 if options.page_layout == "NHD" else -2],
-    )
+    num_pages = k_pages.shape[-4]
+    page_size = k_pages.shape[-3 if options.page_layout == "NHD" else -2]
     # By page, since the first slot of a device may not fit in the dtype of the slots.
     page = slots // page_size - lax.axis_index(axes) * num_pages
     return jnp.where((page >= 0) & (page < num_pages), page * page_size + slots % page_size, -1)
@@ -271,19 +269,13 @@ def describe(
     for pages in (avals["k_pages"], avals["v_pages"]):
         row = pages.shape[-1] * pages.dtype.itemsize + (4 if options.dynamic_scales else 0)
         bytes_moved += tokens * row
-    module = registration.native_module(platform)
     return Description(
         op=NAME,
         bytes_moved=bytes_moved,
-        variant=(options.variant or _variant(platform, module)) if module else None,
+        variant=registration.variant_of(platform, options.variant),
         num_splits=None,
         caches=(avals["k_pages"], avals["v_pages"]),
     )
-
-
-def _variant(platform: str, module: Any) -> str:
-    # Of those of a GPU, matrix instructions have nothing to do here.
-    return module.variants()[0] if platform == "cpu" else "vector"
 
 
 def _size(aval: Any) -> int:

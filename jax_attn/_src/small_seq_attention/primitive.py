@@ -309,20 +309,14 @@ def describe(
     platform: str, avals: Mapping[str, Any], results: Sequence[Any], options: Options
 ) -> Description:
     """Describes a call on a platform; the variant only where it has kernels."""
-    module = registration.native_module(platform)
     arrays = (*avals.values(), *results)
     return Description(
         op=GRADIENT_NAME if "dout" in avals else NAME,
         bytes_moved=sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays),
-        variant=(options.variant or _variant(platform, module)) if module else None,
+        variant=registration.variant_of(platform, options.variant),
         num_splits=None,
         caches=(),
     )
-
-
-def _variant(platform: str, module: Any) -> str:
-    # Of those of a GPU, there is one for all problems.
-    return module.variants()[0] if platform == "cpu" else "vector"
 
 
 def _refuse_fallback(options: Options, platform: str, reason: str) -> None:
