@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jax_attn
+from jax_attn._src import registration
 
 NATIVE = "cpu" in jax_attn.platforms()
 needs_native = pytest.mark.skipif(
@@ -51,6 +52,12 @@ def workspace_size(**changes):
         **changes,
     }
     return jax_attn.ffi.split_kv_workspace_size("cpu", **sizes)
+
+
+@needs_native
+def test_variant_of_operations_without_matrix_instructions():
+    assert registration.variant_of("cpu", "amx") == "avx512"
+    assert registration.variant_of("cpu", "avx2") == "avx2"
 
 
 @needs_native

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import qkv_cases
 import qkv_oracle
+import support
 from jax.sharding import PartitionSpec as P
 from qkv_cases import Problem, bits, ulps
 
@@ -366,7 +367,7 @@ def test_explain():
         return problem.call((qkv, cache, slots), keywords)
 
     (call,) = jax_attn.explain(update)(cache, qkv)
-    variant = jax_attn.ffi.variants("cpu")[0]
+    variant = support.vector_variant()
     # qkv and the gate, 12 heads of 64, twice; keys and values, 4 heads of 64, in a byte.
     moved = 8 * 64 * (2 * 12 * 2 + 4)
     assert call == jax_attn.CallExplanation(

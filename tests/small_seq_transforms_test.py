@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_seq_cases as cases
+import support
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -435,7 +436,7 @@ def test_explain_forward_and_backward():
         if not NATIVE:
             continue
         assert call.implementation == "native"
-        assert call.variant == jax_attn.ffi.variants("cpu")[0]
+        assert call.variant == support.vector_variant()
         assert call.scratch_bytes == 0
         assert call.refused == {"xla": "the native kernel takes this case"}
         assert str(call).startswith(f"{call.op} on cpu: native ({call.variant})\n")

@@ -381,6 +381,12 @@ def paged(
     return problem.replace(**changes, layout=layout)
 
 
+def vector_variant():
+    """Returns the CPU variant of operations without kernels that have matrix instructions."""
+    variant = jax_attn.ffi.variants("cpu")[0]
+    return "avx512" if variant == "amx" else variant
+
+
 def use_variant(variant, patch):
     """Makes all calls use a variant of the kernel."""
     for module, name in ((primitive, "attend"), (fused_qkv, "compute")):

@@ -92,20 +92,22 @@ struct Scale {
 
 // ---- One tile of keys
 
-// Keys that are worked on together, and where they are; null for a key that no row of any head of
-// the item sees.
+// Up to kKeys keys that are worked on together, and where they are; null for a key that no row of
+// any head of the item sees.
+template <int64_t kKeys>
 struct Tile {
   int64_t first_key = 0;
   int64_t num_keys = 0;  // 0: there are no more
-  const char* k[kTileKeys];
-  const char* v[kTileKeys];
+  const char* k[kKeys];
+  const char* v[kKeys];
 };
 
 // The same for one head. Keys that none of its rows sees are zeros, whatever is stored.
+template <int64_t kKeys>
 struct HeadTile {
-  bool seen[kTileKeys];
-  const char* k[kTileKeys];
-  const char* v[kTileKeys];
+  bool seen[kKeys];
+  const char* k[kKeys];
+  const char* v[kKeys];
 };
 
 struct Sequence {
@@ -142,7 +144,9 @@ struct Sequence {
 };
 
 // Adds to `seen` the keys of a tile that some row of a head sees, by the mask and everything else.
-inline void SeenThroughMask(const Sequence& s, int64_t kv_head, const Tile& tile, bool* seen) {
+template <int64_t kKeys>
+inline void SeenThroughMask(const Sequence& s, int64_t kv_head, const Tile<kKeys>& tile,
+                            bool* seen) {
   // Where all queries share a mask, the keys that some query sees otherwise are those of the item,
   // without gaps, so one query stands for all. Where all heads share it, one row of each query.
   const bool one_query = s.p.mask.query_stride == 0, one_head = s.p.mask.head_stride == 0;
@@ -160,24 +164,25 @@ inline void SeenThroughMask(const Sequence& s, int64_t kv_head, const Tile& tile
 }
 
 // Finds the next tile at or after `key` with something to see, and the addresses of its keys.
-inline void PrepareTile(const Sequence& s, int64_t key, Tile& tile) {
+template <int64_t kKeys>
+inline void PrepareTile(const Sequence& s, int64_t key, Tile<kKeys>& tile) {
   const bool masked = s.p.mask.data != nullptr;
   const int64_t mask_heads_end =
       s.p.mask.head_stride == 0 ? s.item.head_begin + 1 : s.item.head_end;
-  for (tile.num_keys = 0; key < s.item.keys.end; key += kTileKeys) {
+  for (tile.num_keys = 0; key < s.item.keys.end; key += kKeys) {
     const int64_t rest = s.item.keys.end - key;
     tile.first_key = key;
-    tile.num_keys = rest < kTileKeys ? rest : kTileKeys;
-    bool seen[kTileKeys] = {};
+    tile.num_keys = rest < kKeys ? rest : kKeys;
+    bool seen[kKeys] = {};
     for (int64_t head = s.item.head_begin; masked && head < mask_heads_end; ++head) {
       SeenThroughMask(s, head, tile, seen);
     }
     bool any = !masked;
-    for (int64_t j = 0; j < kTileKeys; ++j) any |= seen[j];
+    for (int64_t j = 0; j < kKeys; ++j) any |= seen[j];
     if (any) {
       s.k.Tokens(key, tile.num_keys, tile.k);
       s.v.Tokens(key, tile.num_keys, tile.v);
-      for (int64_t j = 0; j < kTileKeys; ++j) {
+      for (int64_t j = 0; j < kKeys; ++j) {
         const bool read = j < tile.num_keys && (!masked || seen[j]);
         if (!read) tile.k[j] = tile.v[j] = nullptr;
       }
@@ -188,14 +193,17 @@ inline void PrepareTile(const Sequence& s, int64_t key, Tile& tile) {
 }
 
 // Whether every row sees every key of a full tile.
-inline bool SeenByAll(const Sequence& s, const Tile& tile) {
-  return s.p.mask.data == nullptr && tile.num_keys == kTileKeys &&
-         s.common.begin <= tile.first_key && tile.first_key + kTileKeys <= s.common.end;
+template <int64_t kKeys>
+inline bool SeenByAll(const Sequence& s, const Tile<kKeys>& tile) {
+  return s.p.mask.data == nullptr && tile.num_keys == kKeys && s.common.begin <= tile.first_key &&
+         tile.first_key + kKeys <= s.common.end;
 }
 
-inline void PrepareHead(const Sequence& s, const Tile& tile, int64_t head, HeadTile& out) {
+template <int64_t kKeys>
+inline void PrepareHead(const Sequence& s, const Tile<kKeys>& tile, int64_t head,
+                        HeadTile<kKeys>& out) {
   if (SeenByAll(s, tile)) {
-    for (int64_t j = 0; j < kTileKeys; ++j) {
+    for (int64_t j = 0; j < kKeys; ++j) {
       out.seen[j] = true;
       out.k[j] = tile.k[j] + head * s.k.head_bytes;
       out.v[j] = tile.v[j] + head * s.v.head_bytes;
@@ -203,9 +211,9 @@ inline void PrepareHead(const Sequence& s, const Tile& tile, int64_t head, HeadT
     return;
   }
   const bool masked = s.p.mask.head_stride != 0;
-  bool through_mask[kTileKeys] = {};
+  bool through_mask[kKeys] = {};
   if (masked) SeenThroughMask(s, head, tile, through_mask);
-  for (int64_t j = 0; j < kTileKeys; ++j) {
+  for (int64_t j = 0; j < kKeys; ++j) {
     out.seen[j] = j < tile.num_keys && tile.k[j] != nullptr && (!masked || through_mask[j]);
     out.k[j] = out.seen[j] ? tile.k[j] + head * s.k.head_bytes : kZeroRow;
     out.v[j] = out.seen[j] ? tile.v[j] + head * s.v.head_bytes : kZeroRow;
@@ -213,12 +221,14 @@ inline void PrepareHead(const Sequence& s, const Tile& tile, int64_t head, HeadT
 }
 
 // Addresses of a head's keys to come, for prefetching.
-inline void UpcomingKeys(const Sequence& s, const Tile& tile, int64_t head, const char** rows) {
+template <int64_t kKeys>
+inline void UpcomingKeys(const Sequence& s, const Tile<kKeys>& tile, int64_t head,
+                         const char** rows) {
   if (SeenByAll(s, tile)) {
-    for (int64_t j = 0; j < kTileKeys; ++j) rows[j] = tile.k[j] + head * s.k.head_bytes;
+    for (int64_t j = 0; j < kKeys; ++j) rows[j] = tile.k[j] + head * s.k.head_bytes;
     return;
   }
-  for (int64_t j = 0; j < kTileKeys; ++j) {
+  for (int64_t j = 0; j < kKeys; ++j) {
     const bool read = j < tile.num_keys && tile.k[j] != nullptr;
     rows[j] = read ? tile.k[j] + head * s.k.head_bytes : kZeroRow;
   }

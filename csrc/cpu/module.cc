@@ -16,6 +16,7 @@
 #include "../ffi/small_seq_attention.h"
 #include "../ffi/split_kv_attention.h"
 #include "fused_qkv_rope_cache.h"
+#include "instruction_sets.h"
 #include "small_seq_attention.h"
 #include "split_kv_attention.h"
 #include "split_plan.h"
@@ -177,6 +178,8 @@ NB_MODULE(_cpu, m) {
     return handlers;
   });
   m.def("variants", &Variants);
+  // What an operation without kernels of a variant runs instead.
+  m.def("instruction_set", [](const std::string& variant) { return std::string(SetOf(variant)); });
   m.def("split_kv_plan", &Plan, nb::kw_only(), nb::arg("batch"), nb::arg("query_len"),
         nb::arg("num_q_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("v_head_dim"),
         nb::arg("kv_len"), nb::arg("heads_first"), nb::arg("num_splits"), nb::arg("split_size"));

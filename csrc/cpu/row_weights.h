@@ -41,13 +41,14 @@ inline bool LogitsAreProducts(const Sequence& seq) {
 }
 
 // Turns one row's dot products into logits in base 2; keys that the row does not see get -inf.
-inline void Logits(const Sequence& seq, const Tile& tile, const bool* seen, int64_t kv_head,
+template <int64_t kKeys>
+inline void Logits(const Sequence& seq, const Tile<kKeys>& tile, const bool* seen, int64_t kv_head,
                    int64_t row, float* s) {
   const SplitKvAttentionParams& p = seq.p;
   const int64_t query = seq.QueryOf(row), head = seq.HeadOf(kv_head, row);
   const bool plain = LogitsAreProducts(seq);
   const float factor = p.scale * seq.k_scale.OfHead(kv_head) * (plain ? kLog2E : 1.0f);
-  for (int64_t j = 0; j < kTileKeys; j += kLanes) Store(s + j, Load(s + j) * factor);
+  for (int64_t j = 0; j < kKeys; j += kLanes) Store(s + j, Load(s + j) * factor);
   if (!plain) {
     if (seq.k_scale.per_token()) {
       for (int64_t j = 0; j < tile.num_keys; ++j) {
@@ -56,7 +57,7 @@ inline void Logits(const Sequence& seq, const Tile& tile, const bool* seen, int6
     }
     if (p.logits_soft_cap != 0) {
       const float cap = p.logits_soft_cap;
-      for (int64_t j = 0; j < kTileKeys; j += kLanes) {
+      for (int64_t j = 0; j < kKeys; j += kLanes) {
         Store(s + j, cap * Tanh(Load(s + j) * (1.0f / cap)));
       }
     }
@@ -74,14 +75,14 @@ inline void Logits(const Sequence& seq, const Tile& tile, const bool* seen, int6
         s[j] -= slope * static_cast<float>(distance < 0 ? -distance : distance);
       }
     }
-    for (int64_t j = 0; j < kTileKeys; j += kLanes) Store(s + j, Load(s + j) * kLog2E);
+    for (int64_t j = 0; j < kKeys; j += kLanes) Store(s + j, Load(s + j) * kLog2E);
   }
   const KeyRange visible = VisibleKeys(p, seq.context, query);
   const int64_t first = visible.begin - tile.first_key;
   int64_t last = visible.end - tile.first_key;
   if (last > tile.num_keys) last = tile.num_keys;
-  for (int64_t j = 0; j < first && j < kTileKeys; ++j) s[j] = -kInfinity;
-  for (int64_t j = last < 0 ? 0 : last; j < kTileKeys; ++j) s[j] = -kInfinity;
+  for (int64_t j = 0; j < first && j < kKeys; ++j) s[j] = -kInfinity;
+  for (int64_t j = last < 0 ? 0 : last; j < kKeys; ++j) s[j] = -kInfinity;
   if (p.mask.data != nullptr) {
     const uint8_t* mask = seq.MaskRow(kv_head, row) + tile.first_key;
     for (int64_t j = 0; j < tile.num_keys; ++j) {
@@ -111,9 +112,10 @@ struct RowStates {
 };
 
 // Raises a row's maximum to the largest of its logits, and brings what it has to that.
+template <int64_t kKeys>
 inline void RaiseTop(const float* s, const RowStates& row) {
   F32 largest = Load(s);
-  for (int64_t j = kLanes; j < kTileKeys; j += kLanes) largest = Max(Load(s + j), largest);
+  for (int64_t j = kLanes; j < kKeys; j += kLanes) largest = Max(Load(s + j), largest);
   const float top = MaxLane(largest), old_top = *row.tops;
   if (top <= old_top) return;
   *row.tops = top;
@@ -128,22 +130,22 @@ inline void RaiseTop(const float* s, const RowStates& row) {
 // Folds the logits of kRows rows, `factor` times s, into their states and replaces them by weights.
 // The maximum of a row seldom rises after its first tiles, so comparing comes first; and rows go
 // side by side, since each alone waits on itself.
-template <int kRows>
+template <int kRows, int64_t kKeys>
 inline void Weigh(float factor, float* s, const RowStates& rows) {
-  constexpr int kVectors = kTileKeys / kLanes;
+  constexpr int kVectors = kKeys / kLanes;
   I32 rises = {};
   for (int r = 0; r < kRows; ++r) {
     const F32 top = Broadcast(rows.tops[r]);
     JAX_ATTN_UNROLL
     for (int i = 0; i < kVectors; ++i) {
-      float* at = s + r * kTileKeys + i * kLanes;
+      float* at = s + r * kKeys + i * kLanes;
       const F32 logits = Load(at) * factor;
       Store(at, logits);
       rises |= ~(logits <= top);  // also if NaN
     }
   }
   if (Any(rises)) {
-    for (int r = 0; r < kRows; ++r) RaiseTop(s + r * kTileKeys, rows.From(r));
+    for (int r = 0; r < kRows; ++r) RaiseTop<kKeys>(s + r * kKeys, rows.From(r));
   }
   for (int r = 0; r < kRows; ++r) {
     // If nothing was seen yet, 0 stands in for the maximum, since -inf - -inf would be NaN.
@@ -151,7 +153,7 @@ inline void Weigh(float factor, float* s, const RowStates& rows) {
     F32 total = Load(rows.totals + r * kLanes);
     JAX_ATTN_UNROLL
     for (int i = 0; i < kVectors; ++i) {
-      float* at = s + r * kTileKeys + i * kLanes;
+      float* at = s + r * kKeys + i * kLanes;
       const F32 weight = Exp2(Load(at) - top);
       Store(at, weight);
       total += weight;

@@ -88,13 +88,16 @@ void FinishRow(const SplitKvAttentionParams& p, int64_t batch_index, int64_t kv_
 // ---- The split kernel
 
 // Keys of a tile that vectors compute with; those past its end are rows of zeros.
-int64_t PaddedKeys(const Tile& tile) { return (tile.num_keys + 7) / 8 * 8; }
+template <int64_t kKeys>
+int64_t PaddedKeys(const Tile<kKeys>& tile) {
+  return (tile.num_keys + 7) / 8 * 8;
+}
 
 // Scratch of an item.
 struct Scratch {
   int64_t rows, q_stride;
   float* q;         // [head][row][q_stride], pairs in the order of the key storage
-  float* s;         // [row][kTileKeys]
+  float* s;         // [row][keys of a tile]
   RowStates state;  // [head][row], outputs in the order of the value storage
 
   Scratch(const SplitKvAttentionParams& p, const SplitItem& item)
@@ -103,7 +106,7 @@ struct Scratch {
     q = item.scratch;
     s = q + QueryRows(rows) * (item.head_end - item.head_begin) * q_stride;
     state.stride = Padded(p.v_head_dim);
-    state.outputs = s + rows * kTileKeys;
+    state.outputs = s + rows * kBlockKeys;
     state.totals = state.outputs + all_rows * state.stride;
     state.tops = state.totals + all_rows * kLanes;
     state.Clear(all_rows);
@@ -153,27 +156,27 @@ void ForRowGroups(int64_t rows, const Body& body) {
 }
 
 // Turns the scores of kRows rows against a tile into weights of its values.
-template <int kRows>
-void WeighRows(const Sequence& seq, const Scratch& scratch, const Tile& tile, int64_t head,
-               const HeadTile& keys, int64_t row) {
+template <int kRows, int64_t kKeys>
+void WeighRows(const Sequence& seq, const Scratch& scratch, const Tile<kKeys>& tile, int64_t head,
+               const bool* seen, int64_t row) {
   const SplitKvAttentionParams& p = seq.p;
-  float* s = scratch.s + row * kTileKeys;
+  float* s = scratch.s + row * kKeys;
   float factor = 1.0f;
   if (SeenByAll(seq, tile) && LogitsAreProducts(seq)) {
     factor = p.scale * seq.k_scale.OfHead(head) * kLog2E;
   } else {
     for (int r = 0; r < kRows; ++r) {
-      for (int64_t j = PaddedKeys(tile); j < kTileKeys; ++j) s[r * kTileKeys + j] = 0;
-      Logits(seq, tile, keys.seen, head, seq.item.rows.begin + row + r, s + r * kTileKeys);
+      for (int64_t j = PaddedKeys(tile); j < kKeys; ++j) s[r * kKeys + j] = 0;
+      Logits(seq, tile, seen, head, seq.item.rows.begin + row + r, s + r * kKeys);
     }
   }
-  Weigh<kRows>(factor, s, scratch.StateOf(seq, head, row));
+  Weigh<kRows, kKeys>(factor, s, scratch.StateOf(seq, head, row));
   if (!seq.v_scale.per_token()) return;
   for (int64_t j = 0; j < tile.num_keys; ++j) {
-    if (!keys.seen[j]) continue;
+    if (!seen[j]) continue;
     const float v_scale = seq.v_scale.OfToken(seq.v, head, tile.first_key + j);
     for (int r = 0; r < kRows; ++r) {
-      if (s[r * kTileKeys + j] != 0) s[r * kTileKeys + j] *= v_scale;
+      if (s[r * kKeys + j] != 0) s[r * kKeys + j] *= v_scale;
     }
   }
 }
@@ -182,8 +185,8 @@ void WeighRows(const Sequence& seq, const Scratch& scratch, const Tile& tile, in
 // keys, and then values, serve all rows while they are in the nearest cache, and what comes next is
 // fetched all the time: values during scores, the keys to come during accumulations.
 template <typename S>
-void AttendHead(const Sequence& seq, const Scratch& scratch, const Tile& tile, int64_t head,
-                const HeadTile& keys, const char* const* next_k) {
+void AttendHead(const Sequence& seq, const Scratch& scratch, const Tile<kTileKeys>& tile,
+                int64_t head, const HeadTile<kTileKeys>& keys, const char* const* next_k) {
   const SplitKvAttentionParams& p = seq.p;
   const int64_t padded_keys = PaddedKeys(tile);
   const bool seen_by_all = SeenByAll(seq, tile);
@@ -204,7 +207,7 @@ void AttendHead(const Sequence& seq, const Scratch& scratch, const Tile& tile, i
     ScoreRows<S, size>(scratch.QueryOf(seq, head, row), scratch.q_stride, keys.k, padded_keys,
                        p.head_dim, scratch.s + row * kTileKeys,
                        Upcoming{keys.v, share(row), share(row + size)});
-    WeighRows<size>(seq, scratch, tile, head, keys, row);
+    WeighRows<size>(seq, scratch, tile, head, keys.seen, row);
   });
   ForRowGroups(scratch.rows, [&](auto size, int64_t row) {
     if (!sees_tile(row, size)) return;
@@ -244,24 +247,21 @@ void FinishItem(const Sequence& seq, const Scratch& scratch) {
   }
 }
 
-// Calls attend(tile, head, keys of the head in the tile, keys to come) for all tiles and heads.
-template <typename Attend>
+// Calls attend(tile, head, next tile, head to come in either) for all tiles and heads. The next
+// tile has no keys if there is none.
+template <int64_t kKeys, typename Attend>
 void ForTilesAndHeads(const Sequence& seq, const Attend& attend) {
   const SplitItem& item = seq.item;
-  Tile tiles[2];
+  Tile<kKeys> tiles[2];
   int current = 0;
   PrepareTile(seq, item.keys.begin, tiles[0]);
   while (tiles[current].num_keys != 0) {
-    const Tile& tile = tiles[current];
-    Tile& next = tiles[1 - current];
-    PrepareTile(seq, tile.first_key + kTileKeys, next);
+    const Tile<kKeys>& tile = tiles[current];
+    Tile<kKeys>& next = tiles[1 - current];
+    PrepareTile(seq, tile.first_key + kKeys, next);
     for (int64_t head = item.head_begin; head < item.head_end; ++head) {
       const bool last_head = head + 1 == item.head_end;
-      HeadTile head_tile;
-      PrepareHead(seq, tile, head, head_tile);
-      const char* next_k[kTileKeys];
-      UpcomingKeys(seq, last_head ? next : tile, last_head ? item.head_begin : head + 1, next_k);
-      attend(tile, head, head_tile, next_k);
+      attend(tile, head, last_head ? next : tile, last_head ? item.head_begin : head + 1);
     }
     current = 1 - current;
   }
@@ -272,8 +272,13 @@ void Split(const SplitKvAttentionParams& p, const SplitItem& item) {
   const Sequence seq(p, item, LayerIndex(p, item.batch_index));
   const Scratch scratch(p, item);
   LoadQueries<S>(seq, scratch);
-  ForTilesAndHeads(
-      seq, [&](const Tile& tile, int64_t head, const HeadTile& keys, const char* const* next_k) {
+  using KeyTile = Tile<kTileKeys>;
+  ForTilesAndHeads<kTileKeys>(
+      seq, [&](const KeyTile& tile, int64_t head, const KeyTile& next, int64_t next_head) {
+        HeadTile<kTileKeys> keys;
+        PrepareHead(seq, tile, head, keys);
+        const char* next_k[kTileKeys];
+        UpcomingKeys(seq, next, next_head, next_k);
         AttendHead<S>(seq, scratch, tile, head, keys, next_k);
       });
   FinishItem<S>(seq, scratch);
@@ -302,8 +307,11 @@ void SplitKernel(const SplitKvAttentionParams& p, const SplitItem& item) {
 
 #if defined(JAX_ATTN_HAS_TILES)
 
-// Rows of a kv head from which on matrix instructions are faster: with 8 they are about as fast.
-constexpr int64_t kMinRowsForTiles = 9;
+// Rows of a kv head from which on matrix instructions are faster.
+constexpr int64_t kMinRowsForTiles = 3;
+
+// Rows of values that are fetched while a block is scored; the others while scores become weights.
+constexpr int64_t kFetchedDuringScores = kBlockKeys / 4 * 3;
 
 bool FitsTiles(const SplitKvAttentionParams& p, const SplitItem& item) {
   constexpr int64_t kElements = kTileRowBytes / sizeof(uint16_t);
@@ -311,6 +319,65 @@ bool FitsTiles(const SplitKvAttentionParams& p, const SplitItem& item) {
          p.value.dtype == DType::kBFloat16 && p.head_dim % kElements == 0 &&
          p.v_head_dim % kElements == 0 && item.rows.size() >= kMinRowsForTiles;
 }
+
+// Attends to blocks, one head at a time. Blocks that all rows see need no addresses of each key of
+// each head.
+template <int kSlots>
+class BlockAttention {
+ public:
+  BlockAttention(const Sequence& seq, const Scratch& scratch) : seq_(seq), scratch_(scratch) {}
+
+  void Attend(const uint32_t* queries, const Tile<kBlockKeys>& tile, int64_t head,
+              const Tile<kBlockKeys>& next, int64_t next_head) {
+    const SplitKvAttentionParams& p = seq_.p;
+    HeadTile<kBlockKeys> of_head;
+    const int64_t k_bytes = p.head_dim * sizeof(uint16_t);
+    const int64_t v_bytes = p.v_head_dim * sizeof(uint16_t);
+    int64_t k_offset = head * seq_.k.head_bytes, v_offset = head * seq_.v.head_bytes;
+    const char *const *k = tile.k, *const *v = tile.v;
+    if (SeenByAll(seq_, tile)) {
+      if (head == seq_.item.head_begin) even_k_ = EvenGroups(k), even_v_ = EvenGroups(v);
+    } else {
+      PrepareHead(seq_, tile, head, of_head);
+      k = of_head.k, v = of_head.v, k_offset = v_offset = 0;
+      even_k_ = EvenGroups(k), even_v_ = EvenGroups(v);
+    }
+
+    TileRows rows[kKeyGroups];
+    FindTileRows(k, k_offset, k_bytes, even_k_, copies_, rows);
+    RowFetcher fetch_v(v, v_offset, v_bytes);
+    ScoreRowsWithTiles(tiles_, scratch_.rows, queries, rows, p.head_dim, scratch_.s, fetch_v,
+                       kFetchedDuringScores);
+    const int64_t step = RowFetcher::Step(kBlockKeys - kFetchedDuringScores, scratch_.rows);
+    for (int64_t row = 0; row < scratch_.rows; row += 2) {
+      fetch_v.Advance(2 * step);
+      if (row + 1 < scratch_.rows) {
+        WeighRows<2>(seq_, scratch_, tile, head, of_head.seen, row);
+      } else {
+        WeighRows<1>(seq_, scratch_, tile, head, of_head.seen, row);
+      }
+    }
+
+    const char* next_k[kBlockKeys];
+    RowFetcher fetch_k(next.k, next_head * seq_.k.head_bytes, k_bytes);
+    if (!SeenByAll(seq_, next)) {
+      UpcomingKeys(seq_, next, next_head, next_k);
+      fetch_k = RowFetcher(next_k, 0, k_bytes);
+    }
+    FindTileRows(v, v_offset, v_bytes, even_v_, copies_, rows);
+    const RowStates state = scratch_.StateOf(seq_, head, 0);
+    AccumulateRowsWithTiles(tiles_, scratch_.rows, scratch_.s, rows, p.v_head_dim, state.outputs,
+                            state.stride, fetch_k, weights_);
+  }
+
+ private:
+  const Sequence& seq_;
+  const Scratch& scratch_;
+  Tiles tiles_{WholeTiles()};
+  EvenGroups even_k_, even_v_;
+  PackedWeights<kSlots> weights_;
+  RowCopies copies_;
+};
 
 // Returns false if something is NaN: a weight is two numbers here, and what each makes of an
 // infinite value may be NaN where their sum is not.
@@ -332,19 +399,18 @@ bool SplitWithTiles(const SplitKvAttentionParams& p, const SplitItem& item) {
       PackQuery(groups, r, query + index * p.head_dim, p.head_dim, queries_of(head));
     }
   }
-  {
-    Tiles tiles(WholeTiles());
-    ForTilesAndHeads(
-        seq, [&](const Tile& tile, int64_t head, const HeadTile& keys, const char* const* next_k) {
-          ScoreRowsWithTiles(tiles, scratch.rows, queries_of(head), keys.k, p.head_dim, scratch.s,
-                             keys.v);
-          ForRowGroups(scratch.rows, [&](auto size, int64_t row) {
-            WeighRows<size>(seq, scratch, tile, head, keys, row);
-          });
-          const RowStates state = scratch.StateOf(seq, head, 0);
-          AccumulateRowsWithTiles(tiles, scratch.rows, scratch.s, keys.v, p.v_head_dim,
-                                  state.outputs, state.stride, next_k);
+  const auto attend = [&](auto slots) {
+    BlockAttention<slots> attention(seq, scratch);
+    using KeyTile = Tile<kBlockKeys>;
+    ForTilesAndHeads<kBlockKeys>(
+        seq, [&](const KeyTile& tile, int64_t head, const KeyTile& next, int64_t next_head) {
+          attention.Attend(queries_of(head), tile, head, next, next_head);
         });
+  };
+  if (scratch.rows <= 4) {
+    attend(std::integral_constant<int, 4>());
+  } else {
+    attend(std::integral_constant<int, 8>());
   }
   I32 is_nan = {};
   const int64_t all_rows = scratch.rows * (item.head_end - item.head_begin);
@@ -374,7 +440,8 @@ void MergeKernel(const SplitKvAttentionParams& p, const MergeItem& item) {
       const float top = first[i * item.partial_stride + p.v_head_dim];
       if (top > state.top || top != top) state.top = top;
     }
-    float values[kMaxHeadDim] = {};
+    float values[kMaxHeadDim];
+    for (int64_t c = 0; c < p.v_head_dim; ++c) values[c] = 0;
     for (int64_t i = 0; i < item.num_splits && state.top != -kInfinity; ++i) {
       const float* partial = first + i * item.partial_stride;
       const float top = partial[p.v_head_dim];

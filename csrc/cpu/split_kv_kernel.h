@@ -14,6 +14,8 @@ namespace jax_attn::cpu {
 
 // Keys that are scored, normalised and accumulated together.
 inline constexpr int64_t kTileKeys = 32;
+// The same with matrix instructions.
+inline constexpr int64_t kBlockKeys = 64;
 
 // The largest head_dim in the capability table.
 inline constexpr int64_t kMaxHeadDim = 512;
@@ -103,7 +105,7 @@ constexpr int64_t QueryRows(int64_t rows) { return rows < 8 ? 8 : rows; }
 // each lane of the widest set, sums; and the logits of one head.
 constexpr int64_t ScratchSize(int64_t rows, int64_t heads, int64_t head_dim, int64_t v_head_dim) {
   return heads * QueryRows(rows) * Padded(head_dim) + heads * rows * (Padded(v_head_dim) + 1 + 16) +
-         rows * kTileKeys;
+         rows * kBlockKeys;
 }
 
 struct SplitKvKernels {

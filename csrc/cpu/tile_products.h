@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // The inner loops of row_products.h with matrix instructions, for bfloat16 queries, keys and
-// values: what the rows of a kv head cost then hardly depends on how many they are.
+// values: what the rows of a kv head cost then depends less on how many they are.
 
 #ifndef JAX_ATTN_CSRC_CPU_TILE_PRODUCTS_H_
 #define JAX_ATTN_CSRC_CPU_TILE_PRODUCTS_H_
@@ -15,12 +15,13 @@
 #include "matrix_tiles.h"
 #include "simd.h"
 #include "split_kv_kernel.h"
+#include "tile_rows.h"
 
 #if defined(JAX_ATTN_HAS_TILES)
 namespace jax_attn::cpu::JAX_ATTN_TARGET {
 
-static_assert(kLanes == kMaxTileRows && sizeof(F32) == kTileRowBytes && kTileKeys == 2 * kLanes,
-              "a vector is a row of a tile, and two tiles hold the keys that are scored together");
+static_assert(kLanes == kMaxTileRows && sizeof(F32) == kTileRowBytes,
+              "a vector is a row of a tile");
 
 // All tiles have the largest shape, so that each can serve for anything.
 inline TileShapes WholeTiles() {
@@ -70,24 +71,49 @@ inline void TransposeBlocks(F32* v) {
   }
 }
 
-// Brings scores of 16 keys from [key][row], of 16 floats a key, to [row][kTileKeys].
-inline void ScoresByRow(const float* by_key, int64_t num_rows, float* s) {
-  F32 v[kLanes];
-  if (num_rows <= kLanes / 2) {
-    // Halves of two vectors side by side take half the exchanges.
-    JAX_ATTN_UNROLL
-    for (int i = 0; i < kLanes / 2; ++i) {
-      memcpy(&v[i], by_key + i * kLanes, sizeof(F32) / 2);
-      memcpy(reinterpret_cast<char*>(&v[i]) + sizeof(F32) / 2, by_key + (i + kLanes / 2) * kLanes,
-             sizeof(F32) / 2);
-    }
-    TransposeBlocks<kLanes / 2>(v);
+template <typename V, int... kLane>
+inline auto Join(V a, V b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(a, b, kLane...);
+}
+
+typedef float HalfF32 __attribute__((vector_size(2 * kLanes)));
+typedef float QuarterF32 __attribute__((vector_size(kLanes)));
+
+// A vector of parts of kCount floats, `distance` apart.
+template <int kCount>
+inline F32 LoadParts(const float* from, int64_t distance) {
+  constexpr std::make_integer_sequence<int, kLanes> kAll;
+  if constexpr (kCount == kLanes) {
+    return Load(from);
+  } else if constexpr (kCount == kLanes / 2) {
+    return Join(LoadAs<HalfF32>(from), LoadAs<HalfF32>(from + distance), kAll);
   } else {
-    JAX_ATTN_UNROLL
-    for (int i = 0; i < kLanes; ++i) v[i] = Load(by_key + i * kLanes);
-    TransposeBlocks<kLanes>(v);
+    static_assert(kCount == kLanes / 4);
+    constexpr std::make_integer_sequence<int, kLanes / 2> kHalf;
+    const auto load = [&](int i) { return LoadAs<QuarterF32>(from + i * distance); };
+    return Join(Join(load(0), load(1), kHalf), Join(load(2), load(3), kHalf), kAll);
   }
-  for (int64_t r = 0; r < num_rows; ++r) Store(s + r * kTileKeys, v[r]);
+}
+
+// Brings scores of 16 keys from [key][row], of 16 floats a key, to [row][kBlockKeys]. Where there
+// are few rows, parts of several vectors side by side take fewer exchanges.
+template <int kRows>
+inline void ScoresByRow(const float* by_key, int64_t num_rows, float* s) {
+  F32 v[kRows];
+  JAX_ATTN_UNROLL
+  for (int i = 0; i < kRows; ++i) v[i] = LoadParts<kRows>(by_key + i * kLanes, kRows * kLanes);
+  TransposeBlocks<kRows>(v);
+  for (int64_t r = 0; r < num_rows; ++r) Store(s + r * kBlockKeys, v[r]);
+}
+
+inline void ScoresByRow(const float* by_key, int64_t num_rows, float* s) {
+  if (num_rows <= kLanes / 4) {
+    ScoresByRow<kLanes / 4>(by_key, num_rows, s);
+  } else if (num_rows <= kLanes / 2) {
+    ScoresByRow<kLanes / 2>(by_key, num_rows, s);
+  } else {
+    ScoresByRow<kLanes>(by_key, num_rows, s);
+  }
 }
 
 // ---- Queries times keys
@@ -108,65 +134,41 @@ inline void PackQuery(const RowGroups& groups, int64_t row, const uint16_t* quer
   }
 }
 
-// 16 rows that tiles can be loaded from: where they are if they are evenly apart, or a copy.
-struct TileRows {
-  static constexpr int64_t kCopyStride = kMaxHeadDim * sizeof(uint16_t) + kTileRowBytes;
-  const char* first;
-  int64_t stride;
-
-  TileRows(const char* const* rows, int64_t row_bytes, char* copy) {
-    first = rows[0];
-    stride = rows[1] - rows[0];
-    bool even = true;
-    for (int i = 2; i < kMaxTileRows; ++i) even &= rows[i] - rows[i - 1] == stride;
-    if (even) return;
-    first = copy;
-    stride = kCopyStride;
-    for (int i = 0; i < kMaxTileRows; ++i) memcpy(copy + i * stride, rows[i], row_bytes);
-  }
-};
-
-// Fetches a line of each of kTileKeys rows into the second-level cache: rows at distances of powers
-// of two have few places in the first.
-__attribute__((always_inline)) inline void FetchLines(const char* const* rows, int64_t offset) {
-  for (int j = 0; j < kTileKeys; ++j) __builtin_prefetch(rows[j] + offset, 0, 2);
-}
-
-// Scores all rows of a kv head against the keys of a tile: s[row][key]. `upcoming` has kTileKeys
-// rows to fetch meanwhile.
+// Scores all rows of a kv head against the keys of a block: s[row][key]. Fetches some rows
+// meanwhile. A tile is loaded again as late as there are tiles for: a core whose other thread is
+// busy too has no others to rename it to.
 inline void ScoreRowsWithTiles(Tiles& tiles, int64_t num_rows, const uint32_t* queries,
-                               const char* const* keys, int64_t head_dim, float* s,
-                               const char* const* upcoming) {
-  alignas(64) char copy[2][kMaxTileRows * TileRows::kCopyStride];
-  alignas(64) float scores[2][kMaxTileRows * kLanes];
+                               const TileRows* keys, int64_t head_dim, float* s,
+                               RowFetcher& upcoming, int64_t num_upcoming) {
+  alignas(64) float scores[kKeyGroups][kMaxTileRows * kLanes];
   const RowGroups groups = QueryGroups(num_rows);
   const int64_t row_bytes = head_dim * sizeof(uint16_t);
-  const TileRows first(keys, row_bytes, copy[0]);
-  const TileRows second(keys + kMaxTileRows, row_bytes, copy[1]);
-  for (int64_t group = 0; group < groups.count; ++group) {
-    tiles.Clear<0>();
-    tiles.Clear<1>();
-    // Adds the products of 32 elements; what is loaded next goes to other tiles.
-    const auto add = [&](int64_t offset, auto query, auto first_keys, auto second_keys) {
-      tiles.Load<query>(queries, kTileRowBytes);
-      queries += kMaxTileRows * kLanes;
-      tiles.Load<first_keys>(first.first + offset, first.stride);
-      tiles.AddProducts<0, first_keys, query>();
-      tiles.Load<second_keys>(second.first + offset, second.stride);
-      tiles.AddProducts<1, second_keys, query>();
-      if (group != 0) return;
-      FetchLines(upcoming, offset);
-    };
-    for (int64_t offset = 0; offset < row_bytes; offset += 2 * kTileRowBytes) {
-      add(offset, TileNumber<2>(), TileNumber<4>(), TileNumber<5>());
-      if (offset + kTileRowBytes == row_bytes) break;
-      add(offset + kTileRowBytes, TileNumber<3>(), TileNumber<6>(), TileNumber<7>());
+  const int64_t step =
+      RowFetcher::Step(num_upcoming, groups.count * kKeyGroups * row_bytes / kTileRowBytes);
+  for (int64_t group = 0; group < groups.count; ++group, queries += PackedQueries(head_dim)) {
+    for (int g = 0; g < kKeyGroups; g += 2) {
+      tiles.Clear<0>();
+      tiles.Clear<1>();
+      // Adds the products of 32 elements of two groups of keys.
+      const auto add = [&](int64_t offset, auto query, auto first_keys, auto second_keys) {
+        tiles.Load<query>(queries + offset / kTileRowBytes * kMaxTileRows * kLanes, kTileRowBytes);
+        tiles.Load<first_keys>(keys[g].first + offset, keys[g].stride);
+        tiles.AddProducts<0, first_keys, query>();
+        upcoming.Advance(step);
+        tiles.Load<second_keys>(keys[g + 1].first + offset, keys[g + 1].stride);
+        tiles.AddProducts<1, second_keys, query>();
+        upcoming.Advance(step);
+      };
+      for (int64_t offset = 0; offset < row_bytes; offset += 2 * kTileRowBytes) {
+        add(offset, TileNumber<2>(), TileNumber<4>(), TileNumber<5>());
+        if (offset + kTileRowBytes == row_bytes) break;
+        add(offset + kTileRowBytes, TileNumber<3>(), TileNumber<6>(), TileNumber<7>());
+      }
+      tiles.Store<0>(scores[g], kTileRowBytes);
+      tiles.Store<1>(scores[g + 1], kTileRowBytes);
     }
-    tiles.Store<0>(scores[0], kTileRowBytes);
-    tiles.Store<1>(scores[1], kTileRowBytes);
-    float* to = s + groups.Begin(group) * kTileKeys;
-    ScoresByRow(scores[0], groups.size, to);
-    ScoresByRow(scores[1], groups.size, to + kLanes);
+    float* to = s + groups.Begin(group) * kBlockKeys;
+    for (int g = 0; g < kKeyGroups; ++g) ScoresByRow(scores[g], groups.size, to + g * kLanes);
   }
 }
 
@@ -177,67 +179,114 @@ inline void ScoreRowsWithTiles(Tiles& tiles, int64_t num_rows, const uint32_t* q
 //
 // An instruction multiplies pairs of elements that are adjacent in a row of values. With 0 as every
 // other weight it sums the even elements, or the odd ones, and values need not be rearranged.
+//
+// So each row has four: for even and for odd elements, the upper half and the rest. With up to 4
+// rows, kSlots, one tile has all of a group of keys; with up to 8, two.
+template <int kSlots>
 struct PackedWeights {
-  alignas(64) U32 even[kMaxTileRows];
-  alignas(64) U32 odd[kMaxTileRows];
+  static constexpr int kTiles = kSlots / 4;  // of a group of keys
+  alignas(64) U32 rows[kKeyGroups][4 * kSlots] = {};
 
-  PackedWeights(const RowGroups& groups, int64_t group, const float* s) {
-    for (int64_t r = 0; r < kMaxTileRows / 2; ++r) {
-      U32 upper{}, rest{};
-      if (groups.Repeated(group) <= r && r < groups.size) {
-        const F32 weights = Load(s + (groups.Begin(group) + r) * kTileKeys);
-        upper = AsBits(weights) & 0xffff0000u;
-        rest = RoundToBFloat16(weights - AsFloat(upper)) & 0xffff0000u;
+  // Rows [0, groups.size) of the group; other rows stay 0.
+  void Pack(const RowGroups& groups, int64_t group, const float* s) {
+    const int64_t repeated = groups.Repeated(group);
+    for (int64_t r = 0; r < groups.size; ++r) {
+      const float* row = s + (groups.Begin(group) + r) * kBlockKeys;
+      JAX_ATTN_UNROLL
+      for (int g = 0; g < kKeyGroups; ++g) {
+        const F32 weights = r < repeated ? F32{} : Load(row + g * kLanes);
+        const U32 upper = AsBits(weights) & 0xffff0000u;
+        const U32 rest = RoundToBFloat16(weights - AsFloat(upper)) & 0xffff0000u;
+        U32* to = rows[g] + r;
+        to[0] = upper >> 16;
+        to[kSlots] = rest >> 16;
+        to[2 * kSlots] = upper;
+        to[3 * kSlots] = rest;
       }
-      even[r] = upper >> 16;
-      odd[r] = upper;
-      even[r + kMaxTileRows / 2] = rest >> 16;
-      odd[r + kMaxTileRows / 2] = rest;
     }
+  }
+  // One of four tiles that are used together.
+  const U32* Tile(int first_group, int tile) const {
+    return rows[first_group] + tile * kMaxTileRows;
   }
 };
 
-// Accumulates o[row] += sum over the keys of a tile of s[row][key] * v[key], for all rows. Elements
-// of `o` are in the order of the storage. `upcoming` has kTileKeys rows to fetch meanwhile.
+// Adds what was summed for 32 elements of values, as [even or odd][upper half or rest][row], to
+// `o`: the even elements come first.
+template <int kSlots>
+inline void AddSums(const float* sums, int64_t num_rows, float* o, int64_t o_stride) {
+  constexpr int64_t kRest = kSlots * kLanes, kOdd = 2 * kRest;
+  for (int64_t r = 0; r < num_rows; ++r, o += o_stride, sums += kLanes) {
+    Store(o, Load(o) + (Load(sums) + Load(sums + kRest)));
+    Store(o + kLanes, Load(o + kLanes) + (Load(sums + kOdd) + Load(sums + kOdd + kRest)));
+  }
+}
+
+// Sums the products of four tiles of weights, 0 to 3, with 32 elements of values, `offset` bytes
+// on. Calls fetch() for each tile of values.
+template <int kSlots, int kSum, typename Fetch>
+inline void SumValues(Tiles& tiles, const TileRows* values, int64_t offset, float* sums,
+                      const Fetch& fetch) {
+  tiles.Clear<kSum>();
+  tiles.Load<6>(values[0].first + offset, values[0].stride);
+  tiles.AddProducts<kSum, 0, 6>();
+  if constexpr (kSlots == 8) {
+    tiles.Clear<5>();
+    tiles.AddProducts<5, 1, 6>();
+  }
+  fetch();
+  tiles.Load<7>(values[1].first + offset, values[1].stride);
+  if constexpr (kSlots == 8) {
+    tiles.AddProducts<kSum, 2, 7>();
+    tiles.AddProducts<5, 3, 7>();
+    fetch();
+    tiles.Store<5>(sums + kMaxTileRows * kLanes, kTileRowBytes);
+  } else {
+    tiles.AddProducts<kSum, 1, 7>();
+    fetch();
+    tiles.Load<6>(values[2].first + offset, values[2].stride);
+    tiles.AddProducts<kSum, 2, 6>();
+    fetch();
+    tiles.Load<7>(values[3].first + offset, values[3].stride);
+    tiles.AddProducts<kSum, 3, 7>();
+    fetch();
+  }
+  tiles.Store<kSum>(sums, kTileRowBytes);
+}
+
+// Accumulates o[row] += sum over the keys of a block of s[row][key] * v[key], for all rows, of
+// which a group has at most kSlots. Elements of `o` are in the order of the storage. `weights`
+// serves all calls with as many rows. Fetches the upcoming rows meanwhile.
+template <int kSlots>
 inline void AccumulateRowsWithTiles(Tiles& tiles, int64_t num_rows, const float* s,
-                                    const char* const* values, int64_t v_head_dim, float* o,
-                                    int64_t o_stride, const char* const* upcoming) {
-  alignas(64) char copy[2][kMaxTileRows * TileRows::kCopyStride];
-  alignas(64) float sums[2][2][kMaxTileRows * kLanes];
+                                    const TileRows* values, int64_t v_head_dim, float* o,
+                                    int64_t o_stride, RowFetcher& upcoming,
+                                    PackedWeights<kSlots>& weights) {
+  // Two, so that one is added to `o` while the other is stored to.
+  alignas(64) float sums[2][4 * kSlots * kLanes];
+  constexpr int kGroups = kKeyGroups / PackedWeights<kSlots>::kTiles;
   const RowGroups groups = WeightGroups(num_rows);
   const int64_t row_bytes = v_head_dim * sizeof(uint16_t);
-  const TileRows first(values, row_bytes, copy[0]);
-  const TileRows second(values + kMaxTileRows, row_bytes, copy[1]);
+  const int64_t step =
+      RowFetcher::Step(kBlockKeys, groups.count * kKeyGroups * row_bytes / kTileRowBytes);
   for (int64_t group = 0; group < groups.count; ++group) {
-    const PackedWeights first_weights(groups, group, s);
-    const PackedWeights second_weights(groups, group, s + kLanes);
-    tiles.Load<0>(first_weights.even, kTileRowBytes);
-    tiles.Load<1>(first_weights.odd, kTileRowBytes);
-    tiles.Load<2>(second_weights.even, kTileRowBytes);
-    tiles.Load<3>(second_weights.odd, kTileRowBytes);
-    for (int64_t offset = 0; offset < row_bytes; offset += kTileRowBytes) {
-      tiles.Clear<6>();
-      tiles.Clear<7>();
-      tiles.Load<4>(first.first + offset, first.stride);
-      tiles.AddProducts<6, 0, 4>();
-      tiles.AddProducts<7, 1, 4>();
-      tiles.Load<5>(second.first + offset, second.stride);
-      tiles.AddProducts<6, 2, 5>();
-      tiles.AddProducts<7, 3, 5>();
-      auto& sum = sums[offset / kTileRowBytes % 2];
-      tiles.Store<6>(sum[0], kTileRowBytes);
-      tiles.Store<7>(sum[1], kTileRowBytes);
-      if (group == 0) {
-        FetchLines(upcoming, offset);
-      }
-      // A row of bytes holds half as many elements of values as of outputs.
-      float* to = o + groups.Begin(group) * o_stride + offset / sizeof(uint16_t);
-      for (int64_t r = 0; r < groups.size; ++r, to += o_stride) {
-        const float* even = sum[0] + r * kLanes;
-        const float* odd = sum[1] + r * kLanes;
-        constexpr int64_t kRest = kMaxTileRows / 2 * kLanes;
-        Store(to, Load(to) + (Load(even) + Load(even + kRest)));
-        Store(to + kLanes, Load(to + kLanes) + (Load(odd) + Load(odd + kRest)));
+    weights.Pack(groups, group, s);
+    for (int first = 0; first < kKeyGroups; first += kGroups) {
+      tiles.Load<0>(weights.Tile(first, 0), kTileRowBytes);
+      tiles.Load<1>(weights.Tile(first, 1), kTileRowBytes);
+      tiles.Load<2>(weights.Tile(first, 2), kTileRowBytes);
+      tiles.Load<3>(weights.Tile(first, 3), kTileRowBytes);
+      const auto accumulate = [&](int64_t offset, auto sum, float* sums) {
+        SumValues<kSlots, sum>(tiles, values + first, offset, sums,
+                               [&] { upcoming.Advance(step); });
+        // A row of bytes holds half as many elements of values as of outputs.
+        float* to = o + groups.Begin(group) * o_stride + offset / sizeof(uint16_t);
+        AddSums<kSlots>(sums, groups.size, to, o_stride);
+      };
+      for (int64_t offset = 0; offset < row_bytes; offset += 2 * kTileRowBytes) {
+        accumulate(offset, TileNumber<4>(), sums[0]);
+        if (offset + kTileRowBytes == row_bytes) break;
+        accumulate(offset + kTileRowBytes, TileNumber<(kSlots == 4 ? 5 : 4)>(), sums[1]);
       }
     }
   }

@@ -63,7 +63,9 @@ def variant_of(platform: str, chosen: str) -> str | None:
     module = native_module(platform)
     if module is None:
         return None
-    return chosen or (module.variants()[0] if platform == "cpu" else "vector")
+    if platform != "cpu":
+        return chosen or "vector"
+    return module.instruction_set(chosen or module.variants()[0])
 
 
 def runtime_ffi_api_version() -> tuple[int, int]:
