@@ -67,29 +67,6 @@ inline U8Pair Narrow8(U32 low, U32 high) {
 // ---- Formats
 
 inline I32 IsNan(F32 v) { return v != v; }
-// Lanes in which either is NaN.
-inline I32 Unordered(F32 a, F32 b) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  return reinterpret_cast<I32>(
-      _mm256_cmp_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), _CMP_UNORD_Q));
-#else
-  return IsNan(a) | IsNan(b);
-#endif
-}
-
-// 1 / sqrt of positive numbers.
-inline F32 InverseSqrt(F32 v) {
-#if defined(__AVX512F__)
-  const F32 root = reinterpret_cast<F32>(_mm512_maskz_sqrt_ps(0xffff, reinterpret_cast<__m512>(v)));
-#elif defined(__AVX2__)
-  const F32 root = reinterpret_cast<F32>(_mm256_sqrt_ps(reinterpret_cast<__m256>(v)));
-#else
-  F32 root = v;
-  for (int i = 0; i < kLanes; ++i) root[i] = __builtin_sqrtf(root[i]);
-#endif
-  return 1.0f / root;
-}
-
 inline U32 SelectBits(I32 mask, U32 a, U32 b) {
   const U32 m = reinterpret_cast<U32>(mask);
   return (a & m) | (b & ~m);

@@ -6,6 +6,7 @@
 #include "qkv_blocks.h"
 #include "qkv_rotation.h"
 #include "qkv_rows.h"
+#include "qkv_whole_heads.h"
 
 namespace jax_attn::cpu::JAX_ATTN_TARGET {
 namespace {
@@ -34,14 +35,13 @@ void Normalize(float inverse, const float* weight, int64_t n, float* x) {
 }
 
 // Heads whose mean squares are taken at once, so that their square roots do not wait for each
-// other; as many as fit in a vector of the widest set.
-constexpr int64_t kHeadsAtOnce = 16;
+// other.
+constexpr int64_t kHeadsAtOnce = kLanes < 8 ? kLanes : 8;
 
 // Turns sums of `n` squares into factors.
 void InverseRms(int64_t n, float epsilon, float* sums) {
-  const F32 size = Broadcast(static_cast<float>(n));
-  for (int64_t i = 0; i < kHeadsAtOnce; i += kLanes) {
-    Store(sums + i, InverseSqrt(Load(sums + i) / size + epsilon));
+  for (int64_t i = 0; i < kHeadsAtOnce; ++i) {
+    sums[i] = 1.0f / __builtin_sqrtf(sums[i] / static_cast<float>(n) + epsilon);
   }
 }
 
@@ -62,6 +62,7 @@ struct Part {
   const DynamicScales* dynamic = nullptr;
   RotarySpan span;            // empty: not rotated
   bool whole_blocks = false;  // computed block by block
+  bool whole_heads = false;   // and rotated by halves from end to end
   Head weights;               // of a head, offset included
 
   bool weighted() const { return weight != nullptr && weight->data != nullptr; }
@@ -145,6 +146,8 @@ class Pass {
     const bool weight_of_each_head = part.weighted() && p_.norm_scope == NormScope::kAllHeads;
     part.whole_blocks =
         part.head_dim % kPair == 0 && part.span.IsWholeBlocks() && !weight_of_each_head;
+    part.whole_heads =
+        part.whole_blocks && part.span.size == part.head_dim && !part.span.neighbours;
     if (weight_of_each_head) return;
     for (int64_t i = 0; i < part.head_dim; ++i) part.weights.values[i] = 1.0f;
     if (part.weighted()) LoadWeight(part, 0);
@@ -189,17 +192,21 @@ class Pass {
     for (int64_t head = 0; head < part.num_heads && over_all; ++head) {
       of_all_heads += SumSquares(part, row, head);
     }
-    float inverses[kHeadsAtOnce];
-    for (int64_t first = begin; first < end; first += kHeadsAtOnce) {
+    // Found for the next few heads before the ones at hand are computed, so that the square roots
+    // are ready by the time that they are needed.
+    float inverses[2][kHeadsAtOnce];
+    const auto find = [&](int64_t first, float* found) {
       const int64_t last = first + kHeadsAtOnce < end ? first + kHeadsAtOnce : end;
-      for (float& inverse : inverses) inverse = over_all ? of_all_heads : 1.0f;
-      if (part.normalized) {
-        for (int64_t head = first; head < last && !over_all; ++head) {
-          inverses[head - first] = SumSquares(part, row, head);
-        }
-        InverseRms(part.head_dim * (over_all ? part.num_heads : 1), p_.epsilon, inverses);
-      }
-      RunHeads(part, row, token, first, last, inverses);
+      for (int64_t i = 0; i < kHeadsAtOnce; ++i) found[i] = over_all ? of_all_heads : 1.0f;
+      if (!part.normalized) return;
+      if (!over_all) SumSquares(part, row, first, last, found);
+      InverseRms(part.head_dim * (over_all ? part.num_heads : 1), p_.epsilon, found);
+    };
+    find(begin, inverses[0]);
+    for (int64_t first = begin, now = 0; first < end; first += kHeadsAtOnce, now ^= 1) {
+      const int64_t last = first + kHeadsAtOnce < end ? first + kHeadsAtOnce : end;
+      if (last < end) find(last, inverses[now ^ 1]);
+      RunHeads(part, row, token, first, last, inverses[now]);
     }
   }
 
@@ -216,6 +223,22 @@ class Pass {
     return SumSquaresOf(x_.values, part.head_dim);
   }
 
+  // The same of up to kHeadsAtOnce heads.
+  void SumSquares(const Part& part, const char* row, int64_t first, int64_t last, float* sums) {
+    const char* const from = HeadOf(part, row, first);
+    const int64_t stride = part.column_stride * kSize;
+    switch (part.whole_heads ? part.head_dim / kPair : 0) {
+      case 2:
+        return SumSquaresOfHeads<kDType, 2, kHeadsAtOnce>(from, stride, last - first, sums);
+      case 4:
+        return SumSquaresOfHeads<kDType, 4, kHeadsAtOnce>(from, stride, last - first, sums);
+      case 8:
+        return SumSquaresOfHeads<kDType, 8, kHeadsAtOnce>(from, stride, last - first, sums);
+      default:
+        for (int64_t head = first; head < last; ++head) *sums++ = SumSquares(part, row, head);
+    }
+  }
+
   // Runs a few heads of a token; `inverses` are the factors of their norm.
   void RunHeads(Part& part, const char* row, int64_t token, int64_t first, int64_t last,
                 const float* inverses) {
@@ -228,6 +251,18 @@ class Pass {
     char* out = part.out + (token * part.num_heads + first) * size;
     const bool stream = item_.stream && CanStream(out, size);
     Place place = PlaceOf(part, token, first);
+    if (part.whole_heads) {
+      switch (n / kPair) {
+        case 2:
+          return RunWholeHeads<2>(part, from, out, place, first, last, inverses);
+        case 4:
+          return RunWholeHeads<4>(part, from, out, place, first, last, inverses);
+        case 8:
+          return RunWholeHeads<8>(part, from, out, place, first, last, inverses);
+        default:
+          break;
+      }
+    }
     for (int64_t head = first; head < last; ++head) {
       // Prefetching by hardware alone leaves memory idle while a head is computed.
       for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(from + token_stride + i);
@@ -253,6 +288,42 @@ class Pass {
       }
       from += from_stride;
       out += size;
+      place.Next();
+    }
+  }
+
+  // The same where heads are rotated whole.
+  template <int kBlocks>
+  void RunWholeHeads(Part& part, const char* from, char* out, Place place, int64_t first,
+                     int64_t last, const float* inverses) {
+    using Whole = WholeHead<kDType, kBlocks>;
+    const int64_t from_stride = part.column_stride * kSize, token_stride = p_.columns() * kSize;
+    const bool stream = item_.stream && CanStream(out, Whole::kBytes);
+    const bool stream_rows =
+        item_.stream && CanStream(place.row, Whole::kBytes) && place.row_stride % 64 == 0;
+    const Factors& factors = FactorsOf(part);
+    for (int64_t head = first; head < last; ++head) {
+      for (int64_t i = 0; i < Whole::kBytes; i += 64) {
+        __builtin_prefetch(from + token_stride + i);
+      }
+      Whole result;
+      const F32 sum =
+          result.Compute(reinterpret_cast<const Element*>(from), inverses[head - first], factors);
+      result.Write(out, stream);
+      if (Any(IsNan(sum))) {
+        ComputeHead(part, inverses[head - first], from, head, rounded_);
+        result.Read(rounded_);
+        result.Write(out, stream);
+      }
+      from += from_stride;
+      out += Whole::kBytes;
+      if (place.row == nullptr) continue;
+      if (place.same_type) {
+        result.Write(place.row, stream_rows);
+      } else {
+        result.Write(rounded_, false);
+        Quantize<kDType>(rounded_, part.head_dim, part.pages->dtype, place, item_.stream);
+      }
       place.Next();
     }
   }

@@ -34,7 +34,15 @@ struct Block<DType::kBFloat16> {
   }
   static U32 Round(F32 v) {
     const U32 bits = AsBits(v);
+#if defined(__AVX512F__)
+    // One instruction fewer than by shifts.
+    const __m512i low = reinterpret_cast<__m512i>(bits + 0x7fffu);
+    const __mmask16 odd =
+        _mm512_test_epi32_mask(reinterpret_cast<__m512i>(bits), _mm512_set1_epi32(0x10000));
+    return reinterpret_cast<U32>(_mm512_mask_sub_epi32(low, odd, low, _mm512_set1_epi32(-1)));
+#else
     return bits + (((bits >> 16) & 1u) + 0x7fffu);
+#endif
   }
   static Packed Pack(F32 a, F32 b) {
     const U32 even = Round(a) >> 16, odd = Round(b);
@@ -127,15 +135,39 @@ float SumSquaresOfRow(const typename Block<kDType>::Element* row, int64_t n) {
   return Sum(sums[0] + sums[1]);
 }
 
-// Computes a row; false if it has a NaN that storing has spoiled.
+// Two blocks that are rotated with each other.
+struct TurnedBlocks {
+  F32 first[2], second[2];
+};
+
+// Of the blocks at elements `i` and `j` of a row.
+template <typename B>
+inline TurnedBlocks TurnBlocks(const typename B::Element* x, int64_t i, int64_t j, float inverse,
+                               const Factors& factors) {
+  const float *own = factors.own.values, *other = factors.other.values;
+  F32 a, b, c, d;
+  B::LoadPair(x + i, a, b);
+  B::LoadPair(x + j, c, d);
+  a *= inverse;
+  b *= inverse;
+  c *= inverse;
+  d *= inverse;
+  return {{a * Load(own + i) + c * Load(other + i),
+           b * Load(own + i + kLanes) + d * Load(other + i + kLanes)},
+          {c * Load(own + j) + a * Load(other + j),
+           d * Load(own + j + kLanes) + b * Load(other + j + kLanes)}};
+}
+
+// Computes a row; false if it may have a NaN that storing has spoiled, since the sum of its
+// elements is one, as it also is with both infinities.
 template <DType kDType>
 bool ComputeBlocks(const typename Block<kDType>::Element* x, int64_t n, float inverse,
                    const Factors& factors, RotarySpan span, typename Block<kDType>::Element* to) {
   using B = Block<kDType>;
   const float *own = factors.own.values, *other = factors.other.values;
-  I32 nan = {};
+  F32 sum = {};
   const auto write = [&](int64_t i, F32 a, F32 b) {
-    if constexpr (B::kSpoilsNan) nan |= Unordered(a, b);
+    if constexpr (B::kSpoilsNan) sum += a + b;
     StoreVector<false>(to + i, B::Pack(a, b));
   };
   const auto keep = [&](int64_t begin, int64_t end) {
@@ -161,21 +193,13 @@ bool ComputeBlocks(const typename Block<kDType>::Element* x, int64_t n, float in
   } else {
     for (int64_t i = span.begin; i < span.begin + half; i += kPair) {
       const int64_t j = i + half;
-      F32 a, b, c, d;
-      B::LoadPair(x + i, a, b);
-      B::LoadPair(x + j, c, d);
-      a *= inverse;
-      b *= inverse;
-      c *= inverse;
-      d *= inverse;
-      write(i, a * Load(own + i) + c * Load(other + i),
-            b * Load(own + i + kLanes) + d * Load(other + i + kLanes));
-      write(j, c * Load(own + j) + a * Load(other + j),
-            d * Load(own + j + kLanes) + b * Load(other + j + kLanes));
+      const TurnedBlocks turned = TurnBlocks<B>(x, i, j, inverse, factors);
+      write(i, turned.first[0], turned.first[1]);
+      write(j, turned.second[0], turned.second[1]);
     }
   }
   keep(end, n);
-  return !(B::kSpoilsNan && Any(nan));
+  return !(B::kSpoilsNan && Any(IsNan(sum)));
 }
 
 }  // namespace
