@@ -50,14 +50,26 @@ def variant():
     """There is one for all problems."""
 
 
-@pytest.mark.parametrize("tokens", [1, 33, 512, 513, 1100])
-def test_numbers_of_tokens(chosen, tokens):  # noqa: F811
+@pytest.mark.parametrize(
+    ("tokens", "gate"),
+    [(1, None), (33, None), (200, None), (2501, None)]
+    + [(tokens, "interleaved") for tokens in (1, 33, 512, 513, 1103)],
+)
+def test_numbers_of_tokens(chosen, tokens, gate):  # noqa: F811
     rng = np.random.default_rng(tokens)
-    # Of four tokens one has the slot of another, and some slots are past the end.
+    # Of four tokens one has the slot of another, and some slots are past the end. Nobody but the
+    # last token knows that the token at a third of them is not stored.
     slots = rng.integers(-3, 2 * tokens + 8, tokens)
-    slots[rng.random(tokens) < 0.25] = slots[-1]
+    slots[rng.random(tokens) < 0.25] = slots[0]
+    slots[slots == 2 * tokens] = -1
+    slots[[tokens // 3, -1]] = 2 * tokens
     problem = Problem(
-        tokens, slot_mapping=slots, norm="weight", gate="interleaved", dtype="bfloat16"
+        tokens,
+        slot_mapping=slots,
+        norm="weight",
+        gate=gate,
+        dtype="bfloat16",
+        cache_dtype="float32" if gate else "bfloat16",
     )
     problem.check(problem.run_eagerly())
 

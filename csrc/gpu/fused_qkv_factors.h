@@ -187,7 +187,7 @@ JAX_ATTN_DEVICE void LoadFactors(const FusedQkvWork& w, const QkvPart& part, Qkv
     for (int k = 0; k < 2; ++k) {
 #pragma unroll
       for (int i = 0; i < kPieceSize; ++i) {
-        const RotaryDim dim(w, part, pieces[k] * kPieceSize + i);
+        const RotaryDim dim(FreshParameter(w), part, pieces[k] * kPieceSize + i);
         if (!dim.rotated || !has[k]) continue;
         factors.rotated |= 1u << (k * kPieceSize + i);
         float weight = weights[k][i ^ 1];

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "fused_qkv_factors.h"
+#include "fused_qkv_few.h"
 #include "fused_qkv_kernels.h"
 #include "fused_qkv_plain.h"
 #include "fused_qkv_rows.h"
@@ -48,7 +49,8 @@ class FusedQkvItem {
     Factors factors;
     float inverse = 1.0f;
     CachePlace place;
-    if (computed) LoadFactors<kKernel>(w_, part_, b_, WeightStrides(), token_, at_, factors);
+    if (computed)
+      LoadFactors<kKernel>(FreshParameter(w_), part_, b_, WeightStrides(), token_, at_, factors);
     if (part_.over_all_heads) inverse = InverseOverAllHeads(rows);
     if (stores) place = PlaceOf(find_slot());
     for (int first = begin; first < end; first += rows, head += rows) {
@@ -120,6 +122,7 @@ class FusedQkvItem {
   JAX_ATTN_DEVICE void Compute(int head, const Factors& factors, float inverse,
                                Piece<kDType> (&pieces)[2]) const {
     float x[2][kPieceSize], y[2][kPieceSize];
+    const uint32_t rotated = FreshOfLane(factors.rotated);
     pieces[0].Decode(x[0]);
     pieces[1].Decode(x[1]);
     if (part_.normalized && !part_.over_all_heads) {
@@ -136,7 +139,7 @@ class FusedQkvItem {
         if constexpr (kKernel == QkvKernel::kHalves) {
           // Only a rotated partner may be multiplied, even by 0: it may be infinite.
           if (at_.rotated) y[k][i] += x[1 - k][i] * factors.other[k][i];
-        } else if ((factors.rotated >> (k * kPieceSize + i) & 1u) != 0) {
+        } else if ((rotated >> (k * kPieceSize + i) & 1u) != 0) {
           const float partner =
               kKernel == QkvKernel::kNeighbours ? x[k][i ^ 1] : Partner(head, k, i);
           y[k][i] += partner * factors.other[k][i];
@@ -244,18 +247,20 @@ __global__ void __launch_bounds__(kMaxFusedQkvThreads)
     num_items = i + 1;
   }
   for (; i < num_items; i += waves) {
+    const FusedQkvWork& fresh_w = FreshParameter(w);
+    const QkvIndex<Item::kBatched> fresh_b{FreshParameter<FusedQkvWork>(batch), index};
     int kind = kKeys + (i & 1), token = first_token + (i >> 1), begin = 0;
     if (!stores) {
-      token = static_cast<int>(w.tokens_of_items.Divide(static_cast<uint32_t>(i)));
-      if (token >= w.num_tokens) return;
-      const int item = i - token * w.first_items[kNumQkvKinds];
-      kind = (item >= w.first_items[kGates]) + (item >= w.first_items[kKeys]) +
-             (item >= w.first_items[kValues]);
-      begin = (item - w.first_items[kind]) * w.parts[kind].item_heads;
+      token = static_cast<int>(fresh_w.tokens_of_items.Divide(static_cast<uint32_t>(i)));
+      if (token >= fresh_w.num_tokens) return;
+      const int item = i - token * fresh_w.first_items[kNumQkvKinds];
+      kind = (item >= fresh_w.first_items[kGates]) + (item >= fresh_w.first_items[kKeys]) +
+             (item >= fresh_w.first_items[kValues]);
+      begin = (item - fresh_w.first_items[kind]) * fresh_w.parts[kind].item_heads;
     }
-    const QkvPart& part = w.parts[kind];
+    const QkvPart& part = fresh_w.parts[kind];
     const int end = begin + part.item_heads;
-    Item item(w, b, kind, token);
+    Item item(fresh_w, fresh_b, kind, token);
     item.Run(begin, end < part.num_heads ? end : part.num_heads, [&] {
       if (stores) return block_slots.Of(i >> 1);
       return slots.StoredLast(token, slots.Read(token));
@@ -263,25 +268,20 @@ __global__ void __launch_bounds__(kMaxFusedQkvThreads)
   }
 }
 
-template <DType kDType, bool kConverts>
-const void* FusedQkvPlainKernelOf(int piece_size) {
-  switch (piece_size) {
-    case 4:
-      return KernelAddress(FusedQkvFewKernel<kDType, 4, kConverts>);
-    case 8:
-      return KernelAddress(FusedQkvFewKernel<kDType, 8, kConverts>);
-    default:
-      return KernelAddress(FusedQkvManyKernel<kDType, kConverts>);
-  }
-}
-
 template <DType kDType>
 const void* FusedQkvKernelOf(QkvKernel kernel, int piece_size) {
+  constexpr int kSmall = kPieceSize / 2;
   switch (kernel) {
-    case QkvKernel::kPlain:
-      return FusedQkvPlainKernelOf<kDType, false>(piece_size);
-    case QkvKernel::kPlainConverting:
-      return FusedQkvPlainKernelOf<kDType, true>(piece_size);
+    case QkvKernel::kFew:
+      return piece_size == kSmall ? KernelAddress(FusedQkvFewKernel<kDType, kSmall>)
+                                  : KernelAddress(FusedQkvFewKernel<kDType, kPieceSize>);
+    case QkvKernel::kFewConverting:
+      return piece_size == kSmall ? KernelAddress(FusedQkvPlainKernel<kDType, kSmall, true>)
+                                  : KernelAddress(FusedQkvPlainKernel<kDType, kPieceSize, true>);
+    case QkvKernel::kMany:
+      return KernelAddress(FusedQkvManyKernel<kDType, false>);
+    case QkvKernel::kManyConverting:
+      return KernelAddress(FusedQkvManyKernel<kDType, true>);
     case QkvKernel::kHalves:
       return KernelAddress(FusedQkvKernel<kDType, QkvKernel::kHalves>);
     case QkvKernel::kNeighbours:

@@ -1,16 +1,17 @@
 // Copyright 2026 The jax_attn Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// The fused QKV pass of most models, with as few instructions as it takes: a call with one token
-// waits for each of them. A wave computes heads of one kind, queries, gates, keys or values. Some
-// lanes have a head, two pieces of kSize elements of it each, so that a rotation needs no other
-// lane: small pieces where few tokens wait for a lane, large ones where many do.
+// The fused QKV pass of most models, but for what fused_qkv_few.h does. A wave computes heads of
+// one kind, queries, gates, keys or values. Some lanes have a head, two pieces of kSize elements of
+// it each, so that a rotation needs no other lane: small pieces where few tokens wait for a lane,
+// large ones where many do.
 
 #ifndef JAX_ATTN_CSRC_GPU_FUSED_QKV_PLAIN_H_
 #define JAX_ATTN_CSRC_GPU_FUSED_QKV_PLAIN_H_
 
 #include <cstdint>
 
+#include "fused_qkv_head.h"
 #include "fused_qkv_kernels.h"
 #include "fused_qkv_rows.h"
 #include "fused_qkv_slots.h"
@@ -22,12 +23,8 @@ class FusedQkvPlainItem {
  public:
   JAX_ATTN_DEVICE FusedQkvPlainItem(const FusedQkvPlainWork& w, int kind)
       : w_(w), part_(w.parts[kind]), kind_(kind) {
-    const int lane = Lane() & ((1 << w.lane_bits) - 1);
-    rotated_ = lane < w.rotated_slots;
-    at_.first = lane + (rotated_ ? 0 : w.rotated_slots);
-    at_.second = at_.first + (rotated_ ? w.rotated_slots : w.other_slots);
-    at_.has_first = lane < w.rotated_slots + w.other_slots;
-    at_.has_second = at_.has_first && at_.second < w.num_pieces;
+    at_ = PlainPieces(Lane() & ((1 << w.lane_bits) - 1), w.rotated_slots, w.other_slots,
+                      w.num_pieces);
   }
 
   // Computes a head for each group of lanes, from `begin` up to `end`. `find_slot` says where the
@@ -57,31 +54,37 @@ class FusedQkvPlainItem {
     if (place.data != nullptr) StoreInCache(place, head, wanted, pieces);
   }
 
-  // Computes all heads of every `step`th token from `token` up to `last`.
+  // Computes all heads of every `step`th token from `token` up to `last`. `shared` belongs to the
+  // wave.
   template <typename FindSlot>
-  JAX_ATTN_DEVICE void RunMany(int token, int last, int step, FindSlot find_slot) {
+  JAX_ATTN_DEVICE void RunMany(int token, int last, int step, char* shared, FindSlot find_slot) {
     if (token >= last) return;
+    const SharedFactors<kSize> held(shared, w_.lane_bits);
     const int heads = kWave >> w_.lane_bits;  // at once
     const int own = Lane() >> w_.lane_bits, end = part_.num_heads;
     const int in_step = heads * part_.column_stride, out_step = heads * w_.head_bytes;
     const char* row = RowOf(token, own);
-    Pieces pieces[2], weights[2];
+    Pieces pieces[2];
     Load(row, own < end, pieces);
     uint32_t position = 0;
     if (part_.rotated) position = Position(token);
-    LoadWeights(weights);
     int64_t layer = 0;
     if (kind_ >= kKeys && w_.layer != nullptr) layer = *w_.layer;
 
     for (; token < last; token += step) {
       Tables tables;
+      Pieces weights[2];
+      if (part_.computed) LoadWeights(weights);
       if (part_.rotated) LoadTables(position, tables);
       const bool is_last = token + step >= last;
       if (part_.rotated && !is_last) position = Position(token + step);
       CachePlace place;
       if (kind_ >= kKeys) place = FindPlace(find_slot(token), layer);
-      Factors factors;
-      if (part_.computed) MakeFactors(weights, tables, factors);
+      if (part_.computed) {
+        Factors factors;
+        MakeFactors(weights, tables, factors);
+        held.Store(factors);
+      }
 
       const char* in = row;
       row += step * w_.token_bytes;
@@ -96,7 +99,12 @@ class FusedQkvPlainItem {
         } else if (!is_last) {
           Load(row, own < end, next);
         }
-        if (part_.computed) Compute(factors, pieces);
+        if (part_.computed) {
+          BeginReads();  // not in front of the loop
+          Factors factors;
+          held.Load(factors);
+          Compute(factors, pieces);
+        }
         Store(pieces, head < end, out);
         out += out_step;
         if (place.data != nullptr) StoreInCache(place, head, head < end, pieces);
@@ -110,13 +118,10 @@ class FusedQkvPlainItem {
   using Pieces = Piece<kDType, kSize>;
   static constexpr int kBytes = Pieces::kBytes;
 
-  // y = (x * own + partner of x * other) * inverse of the norm.
-  struct Factors {
-    float own[2][kSize];
-    float other[2][kSize];
-  };
+  using Factors = HeadFactors<kSize>;
+  using Tables = TablePieces<kSize>;
 
-  using Tables = Piece<DType::kFloat32, kSize>[2];  // cosines, sines
+  JAX_ATTN_DEVICE bool rotated() const { return at_.rotated && part_.rotated; }
 
   JAX_ATTN_DEVICE const char* RowOf(int token, int head) const {
     return static_cast<const char*>(w_.qkv) + token * w_.token_bytes +
@@ -156,7 +161,7 @@ class FusedQkvPlainItem {
   }
 
   JAX_ATTN_DEVICE void LoadTables(uint32_t position, Tables& tables) const {
-    if (!rotated_) return;
+    if (!at_.rotated) return;
     const int32_t asked = static_cast<int32_t>(position);
     const int32_t row = min(max(asked, 0), w_.max_positions - 1);
     const int64_t from = int64_t{row} * w_.table_width + at_.first * kSize;
@@ -166,25 +171,7 @@ class FusedQkvPlainItem {
 
   JAX_ATTN_DEVICE void MakeFactors(const Pieces (&weights)[2], const Tables& tables,
                                    Factors& factors) const {
-    const bool rotated = rotated_ && part_.rotated;
-    float cos[kSize], sin[kSize];
-    tables[0].Decode(cos);
-    tables[1].Decode(sin);
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      weights[k].Decode(factors.own[k]);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        factors.own[k][i] = part_.weight != nullptr ? factors.own[k][i] + w_.weight_offset : 1.0f;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      factors.other[0][i] = -sin[i] * factors.own[1][i];
-      factors.other[1][i] = sin[i] * factors.own[0][i];
-      if (rotated) factors.own[0][i] *= cos[i];
-      if (rotated) factors.own[1][i] *= cos[i];
-    }
+    MakeHeadFactors(weights, part_.weight != nullptr, w_.weight_offset, tables, rotated(), factors);
   }
 
   // Norm and rotation of a head, in place; all lanes call this.
@@ -193,36 +180,8 @@ class FusedQkvPlainItem {
     pieces[0].Decode(x[0]);
     pieces[1].Decode(x[1]);
     float inverse = 1.0f;
-    if (w_.normalizes) {
-      // A tree over neighbours, in lanes and then across them: the same sums for pieces of any
-      // size.
-      float sums[kSize];
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        sums[i] = __builtin_fmaf(x[1][i], x[1][i], x[0][i] * x[0][i]);
-      }
-#pragma unroll
-      for (int half = 1; half < kSize; half *= 2) {
-#pragma unroll
-        for (int i = 0; i < kSize; i += 2 * half) sums[i] += sums[i + half];
-      }
-      float sum = sums[0];
-      for (int mask = 1; mask >> w_.lane_bits == 0; mask *= 2) sum += ShuffleXor(sum, mask);
-      inverse = InverseSqrt(sum * w_.inverse_size + w_.epsilon);
-    }
-    // Only a rotated partner may be multiplied, even by 0: it may be infinite.
-    const bool rotated = rotated_ && part_.rotated;
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      y[0][i] = x[0][i] * factors.own[0][i];
-      y[1][i] = x[1][i] * factors.own[1][i];
-      if (rotated) {
-        y[0][i] = __builtin_fmaf(x[1][i], factors.other[0][i], y[0][i]);
-        y[1][i] = __builtin_fmaf(x[0][i], factors.other[1][i], y[1][i]);
-      }
-      y[0][i] *= inverse;
-      y[1][i] *= inverse;
-    }
+    if (w_.normalizes) inverse = InverseNorm(x, w_.lane_bits, w_.inverse_size, w_.epsilon);
+    TurnHead(x, factors, rotated(), inverse, y);
     pieces[0].Encode(y[0]);
     pieces[1].Encode(y[1]);
   }
@@ -254,13 +213,12 @@ class FusedQkvPlainItem {
   const QkvPlainPart& part_;
   const int kind_;
   LanePieces at_;
-  bool rotated_;
 };
 
-// For few tokens: a wave computes some heads of one.
+// For few tokens with gates or conversion: a wave computes some heads of one.
 template <DType kDType, int kSize, bool kConverts>
 __global__ void __launch_bounds__(kMaxFusedQkvThreads)
-    FusedQkvFewKernel(JAX_ATTN_PARAMETER FusedQkvPlainWork w) {
+    FusedQkvPlainKernel(JAX_ATTN_PARAMETER FusedQkvPlainWork w) {
   const int i = static_cast<int>(blockIdx.x * (blockDim.x / kWave)) + WaveIndex();
   const int token = static_cast<int>(w.tokens_of_items.Divide(static_cast<uint32_t>(i)));
   if (token >= w.num_tokens) return;
@@ -276,7 +234,8 @@ __global__ void __launch_bounds__(kMaxFusedQkvThreads)
       [&](int asked) { return slots.StoredLast(asked, reads); });
 }
 
-// Blocks of 128 threads that a core has room for: as many as registers allow without spilling.
+// Blocks of 128 threads that a core has room for: as many as registers allow, nearly without
+// spilling.
 constexpr int BlocksPerCore(DType dtype, bool converts) {
   return converts || dtype == DType::kFloat32 ? 4 : 5;
 }
@@ -301,9 +260,11 @@ __global__ void JAX_ATTN_LAUNCH_BOUNDS(kMaxFusedQkvThreads, BlocksPerCore(kDType
   const int last = min(first + count, w.num_tokens);
   if (stores) block_slots.Find(slots, first, last - first);
   for (; kind <= last_kind; ++kind) {
-    FusedQkvPlainItem<kDType, kPieceSize, kConverts>(w, kind).RunMany(
-        first + WaveIndex(), last, static_cast<int>(blockDim.x) / kWave,
-        [&](int asked) { return block_slots.Of(asked - first); });
+    FusedQkvPlainItem<kDType, kPieceSize, kConverts>(FreshParameter(w), kind)
+        .RunMany(
+            first + WaveIndex(), last, static_cast<int>(blockDim.x) / kWave,
+            shared + kBlockSlotsBytes + WaveIndex() * SharedFactors<kPieceSize>::Bytes(w.lane_bits),
+            [&](int asked) { return block_slots.Of(asked - first); });
   }
 }
 

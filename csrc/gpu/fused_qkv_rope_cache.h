@@ -15,7 +15,7 @@ namespace jax_attn::gpu {
 
 // How the pass is cut; the results do not depend on it.
 struct FusedQkvPlan {
-  int threads = 128;     // of a block
+  int threads = 128;     // of a block; kFew has its own
   int piece_size = 8;    // elements that a lane reads at once where tokens are few
   int steps = 1;         // heads of a group of lanes, in kernels that are not plain
   int block_tokens = 0;  // of blocks that store together; 0: each wave for itself

@@ -81,9 +81,9 @@ JAX_ATTN_DEVICE void LoadFloats(const void* data, DType dtype, int64_t first,
 
 // Division by a scale, rounded as division is: the quotient by the reciprocal is corrected by its
 // remainder (Markstein), a third of the operations.
-class Divisor {
+class ScaleDivisor {
  public:
-  JAX_ATTN_DEVICE explicit Divisor(float scale) {
+  JAX_ATTN_DEVICE explicit ScaleDivisor(float scale) {
     // The remainder of a tiny or a huge scale could not be represented.
     factor_ = scale < 1e-30f ? 0x1p96f : scale > 1e30f ? 0x1p-96f : 1.0f;
     scale_ = scale * factor_;
@@ -216,7 +216,7 @@ JAX_ATTN_DEVICE void ConvertRow(const CachePlace& place, DType dtype, int head, 
     scale = place.scale[head * place.scale_stride];
   }
   if (scale != 1.0f) {
-    const Divisor divisor(scale);
+    const ScaleDivisor divisor(scale);
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
       x[0][i] = divisor.Divide(x[0][i]);

@@ -77,6 +77,7 @@ class BlockSlots {
   JAX_ATTN_DEVICE void Find(const QkvSlots& slots, int first, int count) {
     const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
     for (int i = thread; i < kEntries; i += threads) entries_[i] = 0;
+    for (int i = thread; i < kFilterWords; i += threads) filter_[i] = 0;
     for (int i = thread; i < count; i += threads) {
       slots_[i] = slots.Stored(first + i);
       taken_[i] = 0;
@@ -86,17 +87,19 @@ class BlockSlots {
       if (slots_[i] != kNoSlot) Insert(i);
     }
     __syncthreads();
-    for (int t = first + count + thread; t < slots.num_tokens; t += kAhead * threads) {
-      int64_t later[kAhead];
+    const int next = first + count;
+    if (slots.narrow != nullptr && reinterpret_cast<uintptr_t>(slots.narrow) % 16 == 0) {
+      const int aligned = (next + 3) & ~3;
+      if (next + thread < min(aligned, slots.num_tokens)) Look(slots.narrow[next + thread]);
+      LookAtVectors(slots, aligned);
+    } else {
+      for (int t = next + thread; t < slots.num_tokens; t += kAhead * threads) {
+        int64_t later[kAhead];
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        const int token = t + i * threads;
-        later[i] = token < slots.num_tokens ? slots[token] : kNoSlot;
-      }
+        for (int i = 0; i < kAhead; ++i)
+          later[i] = slots[min(t + i * threads, slots.num_tokens - 1)];
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        const int found = Lookup(later[i]);
-        if (found != kNone) taken_[found] = 1;  // all who write, write this
+        for (int i = 0; i < kAhead; ++i) Look(later[i]);
       }
     }
     __syncthreads();
@@ -113,15 +116,29 @@ class BlockSlots {
   static constexpr int kEntries = 1 << kEntryBits;
   static_assert(kEntries >= 2 * kMaxBlockTokens, "a search must end at an empty entry");
   static constexpr int kNone = -1;
-  static constexpr int kAhead = 4;  // slots of a thread that are read at once
+  static constexpr int kAhead = 4;  // slots, or vectors of them, that a thread reads at once
 
-  JAX_ATTN_DEVICE static int Begin(int64_t slot) {
+  // Nearly all slots that are not of the block are found out by a bit of a filter.
+  static constexpr int kFilterBits = 14;
+  static constexpr int kFilterWords = (1 << kFilterBits) / 32;
+
+  JAX_ATTN_DEVICE static uint32_t Hash(int64_t slot) {
     const uint32_t low = static_cast<uint32_t>(slot), high = static_cast<uint32_t>(slot >> 32);
-    return static_cast<int>(((low ^ high) * 0x9e3779b1u) >> (32 - kEntryBits));
+    return (low ^ high) * 0x9e3779b1u;
+  }
+  JAX_ATTN_DEVICE static int Begin(int64_t slot) {
+    return static_cast<int>(Hash(slot) >> (32 - kEntryBits));
+  }
+
+  JAX_ATTN_DEVICE bool MayHave(int64_t slot) const {
+    const uint32_t bit = Hash(slot) >> (32 - kFilterBits);
+    return (filter_[bit / 32] >> bit % 32 & 1u) != 0;
   }
 
   // An entry is the last token of a slot, counted from 1; 0 if it is empty.
   JAX_ATTN_DEVICE void Insert(int i) {
+    const uint32_t bit = Hash(slots_[i]) >> (32 - kFilterBits);
+    atomicOr(&filter_[bit / 32], 1u << bit % 32);
     for (int at = Begin(slots_[i]);; at = (at + 1) & (kEntries - 1)) {
       const int other = atomicCAS(&entries_[at], 0, i + 1);
       if (other == 0) return;
@@ -139,9 +156,51 @@ class BlockSlots {
     }
   }
 
+  // Looks at the slot of a later token.
+  JAX_ATTN_DEVICE void Look(int64_t slot) {
+    if (!MayHave(slot)) return;
+    const int found = Lookup(slot);
+    if (found != kNone) taken_[found] = 1;  // all who write, write this
+  }
+
+  // The same for all tokens from `first`, a multiple of 4.
+  JAX_ATTN_DEVICE void LookAtVectors(const QkvSlots& slots, int first) {
+    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+    const int tokens = slots.num_tokens, vectors = tokens / 4;
+    const uint4* const from = reinterpret_cast<const uint4*>(slots.narrow);
+    for (int v = first / 4 + thread; v < vectors; v += kAhead * threads) {
+      uint4 read[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) read[i] = from[min(v + i * threads, vectors - 1)];
+      uint32_t wanted = 0;  // a bit for each vector
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const uint32_t slots_read[] = {read[i].x, read[i].y, read[i].z, read[i].w};
+        bool any = false;
+#pragma unroll
+        for (const uint32_t slot : slots_read) any |= MayHave(Slot(slot));
+        wanted |= static_cast<uint32_t>(any) << i;
+      }
+#pragma unroll 1
+      for (int i = 0; wanted >> i != 0; ++i) {
+        if ((wanted >> i & 1u) == 0) continue;
+        const uint4 again = from[min(v + i * threads, vectors - 1)];
+        Look(Slot(again.x));
+        Look(Slot(again.y));
+        Look(Slot(again.z));
+        Look(Slot(again.w));
+      }
+    }
+    if (max(4 * vectors, first) + thread < tokens) {
+      Look(slots.narrow[max(4 * vectors, first) + thread]);
+    }
+  }
+  JAX_ATTN_DEVICE static int64_t Slot(uint32_t word) { return static_cast<int32_t>(word); }
+
   int64_t slots_[kMaxBlockTokens];
   int entries_[kEntries];
   int taken_[kMaxBlockTokens];
+  uint32_t filter_[kFilterWords];
 };
 
 static_assert(sizeof(BlockSlots) == kBlockSlotsBytes);

@@ -17,21 +17,23 @@ inline constexpr int kPieceSize = 8;
 
 // The most tokens of a storing block, and the shared memory in which it looks for duplicates.
 inline constexpr int kMaxBlockTokens = 512;
-inline constexpr int kBlockSlotsBytes = 20 * kMaxBlockTokens;
+inline constexpr int kBlockSlotsBytes = 20 * kMaxBlockTokens + 2048;
 
 // The kernels. What a plain one cannot do costs others registers, and instructions that a call with
 // few tokens would wait for.
 enum class QkvKernel : int32_t {
-  kPlain,            // what most models have; KernelOf in the host code says what
-  kPlainConverting,  // the same, for a cache of another type, or with scales
+  // What most models have; FamilyOf in the host code says what.
+  kFew,             // few tokens, no gates, and a cache that holds heads as they are
+  kFewConverting,   // few tokens otherwise
+  kMany,            // many tokens
+  kManyConverting,  // the same for a cache of another type, or with scales
+  // All others.
   kHalves,      // whole pieces of the first half of the rotary dims pair with the second half's
   kNeighbours,  // pairs are inside a piece
   kAnywhere,    // any others; also the kernel for dimensions of vmap
 };
 
-constexpr bool IsPlain(QkvKernel kernel) {
-  return kernel == QkvKernel::kPlain || kernel == QkvKernel::kPlainConverting;
-}
+constexpr bool IsPlain(QkvKernel kernel) { return kernel < QkvKernel::kHalves; }
 
 // Division of numbers below 2^31 by a number that the host knows.
 struct Divider {
@@ -176,6 +178,61 @@ struct FusedQkvPlainWork {
   int64_t page_size = 0;
   Divider pages_of_slots;
   QkvPages pages[2];
+};
+
+// The same for few tokens of a model without gates, whose heads follow each other and whose cache
+// holds them as they are. Each line of parameters that a wave touches costs it some 40 ns, so these
+// are few, in the order in which they are needed. Offsets and strides in bytes.
+struct FusedQkvFewWork {
+  const void* qkv = nullptr;
+  // Where there is nothing to read: anything that can be read, and a mask that makes it 0.
+  const int32_t* positions = nullptr;
+  const int32_t* slots = nullptr;
+  Divider tokens_of_blocks;
+  int32_t blocks_per_token = 0;
+  int32_t num_tokens = 0;
+  int32_t num_heads = 0;  // of all kinds
+  int32_t num_q_heads = 0;
+  int32_t num_qk_heads = 0;
+  int32_t token_bytes = 0;
+  int32_t head_bytes = 0;
+  int32_t lane_bits = 0;
+  int32_t rotated_slots = 0;
+  int32_t other_slots = 0;
+  int32_t num_pieces = 0;
+  bool normalizes = false;  // queries and keys
+  bool normalizes_values = false;
+  bool weighs_queries = false;
+  bool weighs_keys = false;
+  const void* q_weight = nullptr;
+  const void* k_weight = nullptr;
+  const float* cos = nullptr;
+  const float* sin = nullptr;
+  int32_t last_position = 0;
+  int32_t table_width = 0;
+  const int32_t* offsets = nullptr;
+  const int32_t* layer = nullptr;
+  int32_t offset_mask = 0;
+  int32_t layer_mask = 0;
+  float epsilon = 0;
+  float weight_offset = 0;
+  float inverse_size = 0;
+  // Less what the heads before those of their kind would take.
+  int32_t q_token_bytes = 0;
+  int32_t kv_token_bytes = 0;
+  int32_t num_layers = 0;  // 1 without a layer axis
+  char* query = nullptr;
+  char* key = nullptr;
+  char* value = nullptr;
+  char* k_pages = nullptr;
+  char* v_pages = nullptr;
+  int64_t page_stride = 0;
+  int64_t token_stride = 0;
+  int64_t head_stride = 0;
+  Divider pages_of_slots;
+  int32_t page_size = 0;
+  int32_t capacity = 0;
+  int64_t layer_stride = 0;
 };
 
 // Dimensions of vmap, for the kernel that takes them.

@@ -65,7 +65,7 @@ JAX_ATTN_DEVICE T FreshOfLane(T x) {
 template <typename... Before, typename T>
 JAX_ATTN_DEVICE const T& FreshParameter(const T& parameter) {
 #if defined(__AMDGCN__)
-  static_assert(((alignof(Before) == alignof(T)) && ...));  // so that there are no gaps
+  static_assert(((alignof(Before) >= alignof(T)) && ...));  // so that there are no gaps
   using Byte = const __attribute__((address_space(4))) char;
   Byte* parameters = (Byte*)__builtin_amdgcn_kernarg_segment_ptr();
   asm volatile("" : "+s"(parameters));
@@ -168,18 +168,67 @@ JAX_ATTN_DEVICE float Max(float a, float b) {
 // ---- Loads that begin early
 
 // 16 bytes of an operand; zeros if they are not `wanted`, and nothing is read. Never by a branch,
-// behind which the next load would wait for this one.
+// behind which the next load would wait for this one. `kLine`: the rest of the 128 bytes is asked
+// for next.
+template <bool kLine = false>
 JAX_ATTN_DEVICE uint4 LoadIf(bool wanted, const void* from) {
   uint4 x = {0, 0, 0, 0};
 #if JAX_ATTN_NVIDIA
-  asm("{ .reg .pred p; setp.ne.b32 p, %5, 0;\n"
-      "@p ld.global.v4.u32 {%0, %1, %2, %3}, [%4]; }"
-      : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)
-      : "l"(from), "r"(static_cast<int>(wanted)));
+  if constexpr (kLine) {
+    asm("{ .reg .pred p; setp.ne.b32 p, %5, 0;\n"
+        "@p ld.global.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+        : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)
+        : "l"(from), "r"(static_cast<int>(wanted)));
+  } else {
+    asm("{ .reg .pred p; setp.ne.b32 p, %5, 0;\n"
+        "@p ld.global.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+        : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)
+        : "l"(from), "r"(static_cast<int>(wanted)));
+  }
 #else
   if (wanted) x = *static_cast<const uint4*>(from);
 #endif
   return x;
+}
+
+// A number that is read here and now, not where it is needed. NVIDIA's compiler moves reads to
+// their use behind a branch.
+JAX_ATTN_DEVICE int32_t LoadNow(const int32_t* from) {
+#if JAX_ATTN_NVIDIA
+  int32_t x;
+  asm volatile("ld.global.b32 %0, [%1];" : "=r"(x) : "l"(from));
+  return x;
+#else
+  return *from;
+#endif
+}
+
+// A value that is in registers: of some, one is chosen after all were read, not read by a chosen
+// address, which NVIDIA's compiler would have to wait for.
+template <typename T>
+JAX_ATTN_DEVICE T InRegister(T x) {
+#if JAX_ATTN_NVIDIA
+  if constexpr (std::is_pointer_v<T>) {
+    size_t address = __cvta_generic_to_global(x);
+    asm("" : "+l"(address));
+    return static_cast<T>(__cvta_global_to_generic(address));
+  } else {
+    static_assert(sizeof(T) == 4);
+    asm("" : "+r"(x));
+    return x;
+  }
+#else
+  return x;
+#endif
+}
+
+// Reads begin before this that are in front of it.
+JAX_ATTN_DEVICE void BeginReads() {
+#if JAX_ATTN_NVIDIA
+  __syncwarp();
+#else
+  __builtin_amdgcn_sched_barrier(0);
+#endif
 }
 
 // Nothing moves over this. AMD's compiler begins all loads as early as it can, which takes more

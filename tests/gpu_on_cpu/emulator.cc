@@ -258,7 +258,8 @@ const char* Launch(const void* kernel, dim3 grid, dim3 threads, size_t shared_by
     block.kernel = kernel;
     block.invoke = found->second;
     block.args = args;
-    for (unsigned i = 0; i < grid.x * grid.y * grid.z && failure.empty(); ++i) {
+    // The last first: on a GPU they have no order, and a kernel that relies on one is found out.
+    for (unsigned i = grid.x * grid.y * grid.z; i-- > 0 && failure.empty();) {
       block_index = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
       RunBlock(i);
     }

@@ -75,6 +75,11 @@ inline int atomicCAS(int* at, int expected, int desired) {
   if (old == expected) *at = desired;
   return old;
 }
+inline uint32_t atomicOr(uint32_t* at, uint32_t x) {
+  const uint32_t old = *at;
+  *at = old | x;
+  return old;
+}
 inline int atomicMax(int* at, int x) {
   const int old = *at;
   *at = max(old, x);
