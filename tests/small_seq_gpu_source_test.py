@@ -9,9 +9,13 @@ import small_seq_cases as cases
 import support
 from gpu_source_test import architecture  # noqa: F401
 from small_seq_gpu_test import (  # noqa: F401 - collected here too
+    test_gradients_of_logits_beyond_float16,
     test_numbers,
     test_packed_arrays_without_tokens,
     test_packed_edges,
+    test_tiles_of_packed_sequences,
+    test_tiles_with_options,
+    tile_problem,
 )
 
 # Too many heads for waves whose lanes take turns.
@@ -51,6 +55,13 @@ def test_every_team(native, dtype, head_dim):
             **heads,
         )
         cases.poison(x).check("native")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("head_dim", [24, 128, 200, 512])
+def test_tiles(native, dtype, head_dim):
+    for sizes in ((2, 1, 3), (3, 5, 11), (12, 2, 16)):
+        tile_problem(sizes, dtype, head_dim).check("native")
 
 
 def test_weights_that_do_not_fit_in_shared_memory(native):

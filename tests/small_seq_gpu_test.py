@@ -171,6 +171,98 @@ def test_many_queries(native, dtype, head_dim):
         cases.poison(x).check("native")
 
 
+# What chooses between kernels on matrix instructions: queries, query heads of a kv head, keys.
+TILES = [(2, 1, 3), (5, 1, 8), (1, 8, 8), (4, 4, 4), (9, 1, 7), (16, 1, 16), (3, 5, 11), (6, 3, 16)]
+
+
+def tile_problem(sizes, dtype, head_dim, **options):
+    """A problem of these sizes with sequences of every kind of length."""
+    query_len, group, kv_len = sizes
+    x = cases.dense(
+        np.random.default_rng(head_dim),
+        query_len=query_len,
+        num_q_heads=3 * group,
+        num_kv_heads=3,
+        kv_len=kv_len,
+        query_lengths=[query_len, query_len // 2, query_len],
+        kv_lengths=[kv_len, kv_len, kv_len // 2],
+        head_dim=head_dim,
+        dtype=dtype,
+        **options,
+    )
+    return cases.poison(x)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("head_dim", [8, 64, 80, 128, 200, 512])
+def test_tiles(native, dtype, head_dim):
+    for sizes in TILES:
+        v_head_dim = head_dim - 8 if sizes[0] == 5 and head_dim > 8 else head_dim
+        x = tile_problem(sizes, dtype, head_dim, v_head_dim=v_head_dim)
+        found, again = x.check("native"), x.run("native")
+        for name, array in found.items():
+            np.testing.assert_array_equal(again[name].view(np.uint8), array.view(np.uint8), name)
+
+
+@pytest.mark.parametrize("sizes", [(4, 4, 4), (16, 1, 16), (12, 2, 9)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": "bottom_right"},
+        {"causal": "top_left", "logits_soft_cap": 2.0},
+        {"bias": "nt", "scale": -0.7},
+    ],
+    ids=str,
+)
+def test_tiles_with_options(native, sizes, options):
+    tile_problem(sizes, "bfloat16", 64, **options).check("native")
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 3), (16, 1, 16), (12, 2, 9)])
+def test_tiles_of_packed_sequences(native, sizes):
+    query_len, group, kv_len = sizes
+    lengths = np.arange(40) % (query_len + 1), np.arange(40) * 7 % (kv_len + 2)
+    bounds = [np.concatenate([[1], 1 + np.cumsum(x)]) for x in lengths]
+    x = cases.packed(
+        np.random.default_rng(0),
+        query_bounds=bounds[0],
+        kv_bounds=bounds[1],
+        query_tokens=int(bounds[0][-1]) + 3,
+        kv_tokens=int(bounds[1][-1]) + 2,
+        max_q_len=query_len,
+        max_kv_len=kv_len,
+        num_q_heads=2 * group,
+        num_kv_heads=2,
+        head_dim=64,
+        dtype="bfloat16",
+        bias="bnt",
+    )
+    cases.poison(x).check("native")
+
+
+@pytest.mark.parametrize("size", [1e-3, 2e3])
+@pytest.mark.parametrize("sizes", [(16, 1, 16), (12, 2, 9)])
+def test_gradients_of_logits_beyond_float16(native, sizes, size):
+    # They are factors of matrix products, and are far smaller or larger than the gradients.
+    query_len, group, kv_len = sizes
+    x = cases.dense(
+        np.random.default_rng(0),
+        query_len=query_len,
+        num_q_heads=2 * group,
+        num_kv_heads=2,
+        kv_len=kv_len,
+        head_dim=64,
+        dtype="float16",
+    )
+    factors = {"query": 0.02, "key": 0.02, "value": 20}
+    arrays = {n: (factors[n] * a.astype(np.float32)).astype(a.dtype) for n, a in x.arrays.items()}
+    dout = x.cotangents["dout"]
+    dout = (size * np.clip(dout.astype(np.float32), -4, 4)).astype(dout.dtype)
+    cotangents = {"dout": dout, "dlse": np.zeros_like(x.cotangents["dlse"])}
+    found = cases.Problem(arrays, x.options, cotangents).check("native")
+    assert all(np.isfinite(array.astype(np.float32)).all() for array in found.values())
+
+
 def test_weights_that_do_not_fit_in_shared_memory(native):
     x = cases.dense(
         np.random.default_rng(0),
@@ -226,6 +318,55 @@ def test_explain(native):
     for call in calls:
         assert (call.platform, call.implementation) == (support.PLATFORM, "native")
         assert (call.variant, call.scratch_bytes) == ("vector", 0)
+
+
+@pytest.mark.parametrize(
+    "sizes, dtype, packed, variant",
+    [
+        ((16, 1, 16), "bfloat16", False, "matrix"),
+        ((1, 2, 4), "float16", True, "matrix"),
+        ((32, 8, 16), "bfloat16", False, "matrix"),
+        ((1, 1, 4), "bfloat16", False, "vector"),
+        ((16, 1, 17), "bfloat16", False, "vector"),
+        ((16, 1, 16), "float32", True, "vector"),
+    ],
+)
+def test_chosen_variant(native, sizes, dtype, packed, variant):
+    query_len, group, kv_len = sizes
+    shapes = {"query": (query_len, 2 * group), "key": (kv_len, 2), "value": (kv_len, 2)}
+    options = {}
+    if packed:
+        options = {"max_q_len": query_len, "max_kv_len": kv_len}
+        bounds = jax.ShapeDtypeStruct((4,), "int32")
+        options |= {"query_cu_seqlens": bounds, "kv_cu_seqlens": bounds}
+    arrays = {
+        name: jax.ShapeDtypeStruct(shape if packed else (3, *shape), dtype)
+        for name, shape in ((n, (*s, 64)) for n, s in shapes.items())
+    }
+    static = {n: options.pop(n) for n in ("max_q_len", "max_kv_len") if n in options}
+
+    def loss(arrays, bounds):
+        return jnp.sum(cases.call(arrays | bounds, implementation="native", **static))
+
+    calls = jax_attn.explain(jax.grad(loss))(arrays, options)
+    assert [call.variant for call in calls] == [variant, variant]
+
+
+@pytest.mark.parametrize(
+    "variant, changes",
+    [("matrix", {"dtype": "float32"}), ("matrix", {"query_len": 1, "num_q_heads": 2})],
+    ids=["float32", "one row"],
+)
+def test_variant_without_a_kernel(monkeypatch, variant, changes):
+    cases.use_variant(variant, monkeypatch)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=rf"INVALID_ARGUMENT.*'{variant}' cannot"):
+        cases.dense(np.random.default_rng(0), **{"dtype": "bfloat16", **changes}).run("native")
+
+
+@pytest.mark.parametrize("sizes", TILES[-3:])
+def test_vector_kernels_of_16_bits(monkeypatch, sizes):
+    cases.use_variant("vector", monkeypatch)
+    tile_problem(sizes, "bfloat16", 128).check("native")
 
 
 def test_unknown_variant(monkeypatch):

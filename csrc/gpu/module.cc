@@ -10,6 +10,7 @@
 #include "../bindings.h"
 #include "../ffi/split_kv_attention.h"
 #include "fused_qkv_handler.h"
+#include "small_seq_attention.h"
 #include "small_seq_handlers.h"
 #include "split_kv_attention.h"
 #include "split_plan.h"
@@ -101,6 +102,24 @@ nb::dict Plan(int64_t batch, int64_t query_len, int64_t num_q_heads, int64_t num
   return plan;
 }
 
+// The variant of the kernels for a problem of small sequences.
+std::string SmallSeqVariantOf(int64_t max_q_len, int64_t max_kv_len, int64_t num_q_heads,
+                              int64_t num_kv_heads, int64_t head_dim, int64_t v_head_dim,
+                              const std::string& dtype, bool packed, const std::string& variant,
+                              bool backward) {
+  SmallSeqProblem p;
+  p.max_q_len = max_q_len;
+  p.max_kv_len = max_kv_len;
+  p.num_q_heads = num_q_heads;
+  p.num_kv_heads = num_kv_heads;
+  p.head_dim = head_dim;
+  p.v_head_dim = v_head_dim;
+  p.dtype = DTypeNamed(dtype);
+  static const int32_t some = 0;  // only whether it is there is looked at
+  if (packed) p.query_cu_seqlens.data = &some;
+  return std::string(SmallSeqVariant(p, variant, backward));
+}
+
 void Define(nb::module_& m) {
   DefineCommon(m, kPlatform);
   m.def("handlers", [] {
@@ -132,6 +151,10 @@ void Define(nb::module_& m) {
         nb::arg("num_batch_dims") = 1, nb::arg("page_size") = 0, nb::arg("has_lengths") = true,
         nb::arg("has_query_offset") = false, nb::arg("has_extras") = true,
         nb::arg("has_scales") = false, nb::arg("has_v_token_scale") = false);
+  m.def("small_seq_variant", &SmallSeqVariantOf, nb::kw_only(), nb::arg("max_q_len"),
+        nb::arg("max_kv_len"), nb::arg("num_q_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"),
+        nb::arg("v_head_dim"), nb::arg("dtype"), nb::arg("packed") = false, nb::arg("variant") = "",
+        nb::arg("backward") = false);
 }
 
 }  // namespace

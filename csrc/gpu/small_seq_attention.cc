@@ -16,8 +16,15 @@ constexpr int64_t kMaxCount = int64_t{1} << 30;
 // Shared memory of a block up to which weights of all rows are kept: four blocks fit on a core.
 constexpr int64_t kMaxWeightBytes = 40 * 1024;
 
-// Blocks for each core that packed sequences are dealt to. Each looks at all bounds once.
-constexpr int64_t kPackedBlocksPerCore = 4;
+// Heads of a packed array that a team takes before its block looks where the next sequences are.
+constexpr int64_t kHeadsPerTile = 4;
+
+// Sequences of a packed array that blocks may look at several times as often as there is room for.
+constexpr int64_t kFewSequences = 1 << 14;
+
+// Query heads up to which SmallSeqWork::group_inverse divides rows exactly, and all of a sequence
+// is less than 2^31 bytes.
+constexpr int64_t kMaxTileHeads = 1 << 12;
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -46,30 +53,89 @@ const void* FindKernel(DType dtype, const SmallSeqShape& shape, bool backward) {
   }
 }
 
+template <DType kDType>
+const void* FindMatrixKernel(const SmallSeqTiles& tiles, bool backward) {
+  return backward ? SmallSeqMatrixBackwardOf<kDType>(tiles)
+                  : SmallSeqMatrixForwardOf<kDType>(tiles);
+}
+
+struct Kernel {
+  const void* address = nullptr;
+  int lanes = 0;  // that do a head; or
+  int waves = 0;
+  int blocks_per_core = 0;
+  bool is_vector = false;
+  bool any_rows = false;  // of the vector kernels
+};
+
+// Null where there is none: one row needs no matrix, and more keys than a tile has need several.
+Kernel MatrixKernel(const SmallSeqProblem& p, bool backward) {
+  const int64_t rows = p.max_q_len * p.group_size(), dim = std::max(p.head_dim, p.v_head_dim);
+  Kernel kernel;
+  if (rows <= 1 || p.max_kv_len > 16 || p.num_q_heads > kMaxTileHeads) return kernel;
+  SmallSeqTiles tiles;
+  tiles.rows = 16;
+  tiles.keys = p.max_kv_len <= 8 && rows <= 16 ? 8 : 16;
+  if (rows <= 8 && tiles.keys == 8) tiles.rows = 8;
+  tiles.dim = dim <= 64 ? 64 : 128;
+  tiles.many_rows = rows > 16;
+  if (tiles.many_rows) tiles.dim = backward ? kManyRowsBackwardDim : kManyRowsForwardDim;
+  tiles.parts = 1;
+  while (tiles.parts * tiles.dim < dim) tiles.parts *= 2;
+  tiles.packed = p.packed();
+  if (p.dtype == DType::kBFloat16) {
+    kernel.address = FindMatrixKernel<DType::kBFloat16>(tiles, backward);
+  } else if (p.dtype == DType::kFloat16) {
+    kernel.address = FindMatrixKernel<DType::kFloat16>(tiles, backward);
+  }
+  kernel.waves = tiles.parts;
+  kernel.blocks_per_core = BlocksPerCore(tiles, backward);
+  return kernel;
+}
+
+Kernel VectorKernel(const SmallSeqProblem& p, bool backward) {
+  SmallSeqShape shape = TeamFor(p);
+  Kernel kernel;
+  kernel.lanes = shape.lanes;
+  kernel.is_vector = true;
+  if (p.max_q_len * p.group_size() == 1) {
+    for (const int keys : kOneRowKeys) {
+      if (kernel.address != nullptr || p.max_kv_len > keys) continue;
+      shape.keys = keys;
+      kernel.address = FindKernel(p.dtype, shape, backward);
+    }
+  }
+  if (kernel.address == nullptr) {
+    shape.keys = 0;
+    kernel.any_rows = true;
+    kernel.address = FindKernel(p.dtype, shape, backward);
+  }
+  kernel.blocks_per_core = BlocksPerCore(shape, backward);
+  return kernel;
+}
+
+Kernel KernelFor(const SmallSeqProblem& p, std::string_view variant, bool backward) {
+  Kernel kernel;
+  if (variant.empty() || variant == kSmallSeqMatrix) kernel = MatrixKernel(p, backward);
+  if (kernel.address == nullptr && (variant.empty() || variant == kSmallSeqVector)) {
+    kernel = VectorKernel(p, backward);
+  }
+  return kernel;
+}
+
 template <typename Params>
 std::string LaunchFor(const Params& p, bool backward, std::string_view variant,
                       const Device& device, Stream stream) {
-  if (!variant.empty() && variant != kSmallSeqVariant) {
+  const Kernel kernel = KernelFor(p, variant, backward);
+  if (kernel.address == nullptr) {
     return "variant '" + std::string(variant) + "' cannot run here";
   }
-  SmallSeqShape shape = TeamFor(p);
   const int64_t num_rows = p.max_q_len * p.group_size();
-  const void* kernel = nullptr;
-  if (num_rows == 1) {
-    for (const int keys : kOneRowKeys) {
-      if (kernel != nullptr || p.max_kv_len > keys) continue;
-      shape.keys = keys;
-      kernel = FindKernel(p.dtype, shape, backward);
-    }
-  }
-  if (kernel == nullptr) {
-    shape.keys = 0;
-    kernel = FindKernel(p.dtype, shape, backward);
-  }
 
   LaunchShape launch;
   launch.threads = kMaxThreads;
-  const int64_t teams = launch.threads / shape.lanes;
+  const int64_t teams =
+      launch.threads / (kernel.waves > 0 ? kernel.waves * device.wave_size : kernel.lanes);
   const int64_t heads = p.batch.count * p.num_kv_heads;
   int64_t arrays = 1;  // packed ones
   for (int d = 0; d < p.batch.num_dims - 1; ++d) arrays *= p.batch.sizes[d];
@@ -80,18 +146,26 @@ std::string LaunchFor(const Params& p, bool backward, std::string_view variant,
   int64_t blocks = CeilDiv(heads, teams);
   if (p.packed()) {
     if (arrays == 0) return "";
-    const int64_t useful = CeilDiv(p.num_sequences() * p.num_kv_heads, teams);
-    const int64_t most = CeilDiv(device.num_cores * kPackedBlocksPerCore, arrays);
-    const int64_t count = std::clamp<int64_t>(useful, 1, most);
-    const int64_t size = std::max<int64_t>(1, CeilDiv(p.num_sequences(), count));
-    w.sequences_per_block = static_cast<int>(size);
-    w.blocks_per_array = static_cast<int>(std::max<int64_t>(1, CeilDiv(p.num_sequences(), size)));
+    // Some heads for each team, but no more than a tile may have.
+    w.sequences_per_tile = static_cast<int>(
+        std::clamp<int64_t>(kHeadsPerTile * teams / p.num_kv_heads, 1, kMostInTile));
+    const int64_t tiles = CeilDiv(p.num_sequences(), w.sequences_per_tile);
+    // Blocks look at all bounds. Of few sequences, that costs less than blocks that have more to do
+    // than others.
+    const int64_t rounds =
+        std::clamp<int64_t>(kFewSequences / std::max<int64_t>(p.num_sequences(), 1), 1, 8);
+    const int64_t most = CeilDiv(device.num_cores * kernel.blocks_per_core * rounds, arrays);
+    w.blocks_per_array = static_cast<int>(std::clamp<int64_t>(tiles, 1, most));
     blocks = w.blocks_per_array * arrays;
   }
   if (blocks == 0) return "";
   w.num_heads = static_cast<int>(heads);
   w.group_size = static_cast<int>(p.group_size());
-  if (backward && shape.keys == 0) {
+  w.num_rows = static_cast<int>(num_rows);
+  w.num_q_heads = static_cast<unsigned>(p.num_q_heads);
+  w.group_inverse =
+      static_cast<unsigned>(CeilDiv(int64_t{1} << 31, std::max<int64_t>(p.group_size(), 1)));
+  if (backward && kernel.any_rows) {
     w.padded_keys = static_cast<int>(CeilDiv(p.max_kv_len, 4) * 4);
     const int64_t all = w.padded_keys * (1 + 2 * num_rows);
     w.keeps_weights = teams * all * int64_t{sizeof(float)} <= kMaxWeightBytes;
@@ -100,12 +174,18 @@ std::string LaunchFor(const Params& p, bool backward, std::string_view variant,
   }
   launch.blocks = static_cast<unsigned>(blocks);
   void* args[] = {const_cast<Params*>(&p), &w};
-  const Error error = Launch(kernel, launch, stream, args);
+  const Error error = Launch(kernel.address, launch, stream, args);
   if (error == kSuccess) return "";
   return std::string("a kernel could not be launched: ") + ErrorString(error);
 }
 
 }  // namespace
+
+std::string_view SmallSeqVariant(const SmallSeqProblem& p, std::string_view variant,
+                                 bool backward) {
+  if (!variant.empty()) return variant;
+  return KernelFor(p, variant, backward).is_vector ? kSmallSeqVector : kSmallSeqMatrix;
+}
 
 std::string LaunchSmallSeqAttention(const SmallSeqAttentionParams& p, std::string_view variant,
                                     const Device& device, Stream stream) {

@@ -12,7 +12,11 @@
 
 namespace jax_attn::gpu {
 
-inline constexpr std::string_view kSmallSeqVariant = "vector";
+inline constexpr std::string_view kSmallSeqVector = "vector";
+inline constexpr std::string_view kSmallSeqMatrix = "matrix";
+
+// Which of them computes `p`: `variant`, or if that is empty the better one.
+std::string_view SmallSeqVariant(const SmallSeqProblem& p, std::string_view variant, bool backward);
 
 // Launch the kernel that computes `p` on `stream`, and nothing else. A kv head of a sequence is
 // done by one team of lanes, so repeated calls give the same bits. Return an error, or "".

@@ -50,6 +50,19 @@ JAX_ATTN_DEVICE void ClearUnseen(const SmallSeqBackwardParams& p, const SmallSeq
   }
 }
 
+// Zeroes the gradients of tokens of no sequence.
+template <DType kDType>
+JAX_ATTN_DEVICE void ClearUnusedGradients(const SmallSeqBackwardParams& p,
+                                          const PackedSequences& packed) {
+  const auto clear = [&](bool of_queries, void* data, int64_t elements) {
+    packed.ForUnused(of_queries, elements * static_cast<int64_t>(SizeOf(kDType)) / 16,
+                     [&](int64_t i) { static_cast<uint4*>(data)[i] = {0, 0, 0, 0}; });
+  };
+  clear(true, p.dquery, p.num_q_heads * p.head_dim);
+  clear(false, p.dkey, p.num_kv_heads * p.head_dim);
+  clear(false, p.dvalue, p.num_kv_heads * p.v_head_dim);
+}
+
 // Makes weights of a lane's products of the query with keys, `s`, and gradients of these products
 // of the products of the output's cotangent with values, `dp`. Writes the gradients of the bias.
 template <typename Team, int kChunks>
@@ -135,24 +148,28 @@ JAX_ATTN_DEVICE void DifferentiateOneRow(const SmallSeqBackwardParams& p, const 
     dp[c] = Team::SumOverTeam(dproducts);
   }
 
-  SoftmaxGradient<Team, kChunks>(p, seq, 0, head, sees, s, dp);
+  SoftmaxGradient<Team, kChunks>(FreshParameter(p), seq, 0, head, sees, s, dp);
   float dquery[Team::kElements];
   Team::Clear(dquery);
-  const int64_t first_row = seq.KeyRow(p, 0, head);
-  char* dkey = static_cast<char*>(p.dkey) + first_row * dim * Team::kSize;
-  char* dvalue = static_cast<char*>(p.dvalue) + first_row * v_dim * Team::kSize;
+  const SmallSeqBackwardParams& later_p = FreshParameter(p);
+  const int written_keys = FreshOfLane(num_keys);
+  const int64_t dkey_bytes = FreshOfLane(key_bytes), dvalue_bytes = FreshOfLane(value_bytes);
+  const int64_t first_row = seq.KeyRow(later_p, 0, head);
+  char* dkey = static_cast<char*>(later_p.dkey) + first_row * dim * Team::kSize;
+  char* dvalue = static_cast<char*>(later_p.dvalue) + first_row * v_dim * Team::kSize;
 #pragma unroll
   for (int j = 0; j < kKeys; ++j) {
     const float gradient = OfKey(dp[j / kEach], j % kEach), weight = OfKey(s[j / kEach], j % kEach);
     Team::Add(gradient, keys[j], dquery);
-    if (j >= num_keys) continue;
-    Team::Store(dkey + j * key_bytes, dim, gradient, x);
-    Team::Store(dvalue + j * value_bytes, v_dim, weight, dx);
+    if (j >= written_keys) continue;
+    Team::Store(dkey + j * dkey_bytes, dim, gradient, x);
+    Team::Store(dvalue + j * dvalue_bytes, v_dim, weight, dx);
   }
   if (!is_there) return;
-  if (sees) Team::Store(QueryGradient<Team>(p, seq, 0, head), dim, 1.0f, dquery);
-  if (seq.query.room > 1 || !sees || num_keys < seq.kv.room || p.dbias != nullptr) {
-    ClearUnseen<Team>(p, w, seq, head, num_keys);
+  if (sees) Team::Store(QueryGradient<Team>(later_p, seq, 0, head), dim, 1.0f, dquery);
+  if (seq.query.room > 1 || !sees || num_keys < seq.kv.room || later_p.dbias != nullptr) {
+    ClearUnseen<Team>(FreshParameter(p), FreshParameter<SmallSeqBackwardParams>(w), seq, head,
+                      num_keys);
   }
 }
 
@@ -167,19 +184,19 @@ class RowGradients {
       : p_(p),
         seq_(seq),
         rows_(w, seq, head),
-        dim_(static_cast<int>(p.head_dim)),
-        v_dim_(static_cast<int>(p.v_head_dim)),
-        key_bytes_(p.num_kv_heads * dim_ * Team::kSize),
-        value_bytes_(p.num_kv_heads * v_dim_ * Team::kSize),
+        dim_(FreshOfLane(static_cast<int>(p.head_dim))),
+        v_dim_(FreshOfLane(static_cast<int>(p.v_head_dim))),
+        key_bytes_(FreshOfLane(p.num_kv_heads * dim_ * Team::kSize)),
+        value_bytes_(FreshOfLane(p.num_kv_heads * v_dim_ * Team::kSize)),
         key_(HeadOf<Team>(p.key, seq.at.key + seq.KeyIn(p, 0, head) * dim_)),
         value_(HeadOf<Team>(p.value, seq.at.value + seq.KeyIn(p, 0, head) * v_dim_)),
-        stored_(w.keeps_weights),
-        stride_(w.padded_keys),
+        stored_(FreshOfLane(static_cast<int>(w.keeps_weights))),
+        stride_(FreshOfLane(w.padded_keys)),
         slopes_(memory),
         weights_(reinterpret_cast<float2*>(memory + w.padded_keys)) {}
 
   JAX_ATTN_DEVICE void Run(int head) {
-    const int num_keys = seq_.num_keys;
+    const int num_keys = FreshOfLane(seq_.num_keys);
 #pragma unroll 1
     for (int pass = -kSummed; Any(pass < num_keys); pass += kSummed) {
       float dkey[kSummed][Team::kElements], dvalue[kSummed][Team::kElements];
@@ -190,16 +207,14 @@ class RowGradients {
       }
 #pragma unroll 1
       for (int r = 0; Any(r < rows_.count); ++r) {
+        const SmallSeqBackwardParams& p = FreshParameter(p_);
         const auto [t, query_head] = rows_.At(r);
         const bool wanted = r < rows_.count;
         float x[Team::kElements], dx[Team::kElements];
-        Team::Unpack(Team::Load(HeadOf<Team>(p_.query, seq_.at.query +
-                                                           seq_.QueryIn(p_, t, query_head) * dim_),
-                                dim_, wanted),
+        const int64_t row = seq_.QueryIn(p, t, query_head);
+        Team::Unpack(Team::Load(HeadOf<Team>(p.query, seq_.at.query + row * dim_), dim_, wanted),
                      x);
-        Team::Unpack(Team::Load(HeadOf<Team>(p_.dout, seq_.at.dout +
-                                                          seq_.QueryIn(p_, t, query_head) * v_dim_),
-                                v_dim_, wanted),
+        Team::Unpack(Team::Load(HeadOf<Team>(p.dout, seq_.at.dout + row * v_dim_), v_dim_, wanted),
                      dx);
         float2* weights = weights_ + (stored_ && wanted ? r * stride_ : 0);
         if (pass < 0 || !stored_) FindWeights(t, query_head, wanted, pass < 0, x, dx, weights);
@@ -221,9 +236,10 @@ class RowGradients {
 #pragma unroll
       for (int i = 0; i < kSummed; ++i) {
         if (pass + i >= num_keys) continue;
-        const int64_t row = seq_.KeyRow(p_, pass + i, head);
-        Team::Store(static_cast<char*>(p_.dkey) + row * dim_ * Team::kSize, dim_, 1.0f, dkey[i]);
-        Team::Store(static_cast<char*>(p_.dvalue) + row * v_dim_ * Team::kSize, v_dim_, 1.0f,
+        const SmallSeqBackwardParams& p = FreshParameter(p_);
+        const int64_t row = seq_.KeyRow(p, pass + i, head);
+        Team::Store(static_cast<char*>(p.dkey) + row * dim_ * Team::kSize, dim_, 1.0f, dkey[i]);
+        Team::Store(static_cast<char*>(p.dvalue) + row * v_dim_ * Team::kSize, v_dim_, 1.0f,
                     dvalue[i]);
       }
     }
@@ -268,7 +284,7 @@ class RowGradients {
       const float product = Team::SumOverTeam(products), dproduct = Team::SumOverTeam(dproducts);
       if (!wanted || !row.Sees(j + own)) continue;
       float slope;
-      const float logit = row.Of(p_, product, j + own, slope);
+      const float logit = row.Of(FreshParameter(p_), product, j + own, slope);
       const float weight = lse == -kInfinity ? 0.0f : Exp2((logit - lse) * kLog2OfE);
       mean += weight * dproduct;
       if (Team::LaneOfTeam() < kChunk) {
@@ -277,27 +293,28 @@ class RowGradients {
       }
     }
     mean = SumOfChunk(mean);
-    if (wanted && p_.dlse.data != nullptr) {
-      mean -= p_.dlse.data[seq_.at.dlse + seq_.QueryIn(p_, t, head)];
+    const SmallSeqBackwardParams& p = FreshParameter(p_);
+    if (wanted && p.dlse.data != nullptr) {
+      mean -= p.dlse.data[seq_.at.dlse + seq_.QueryIn(p, t, head)];
     }
     WaveFence();
 
     float dquery[Team::kElements];
     Team::Clear(dquery);
     key = key_;
-    const int64_t logits = (int64_t{seq_.batch_index} * p_.num_q_heads + head) * p_.max_q_len + t;
+    const int64_t logits = (int64_t{seq_.batch_index} * p.num_q_heads + head) * p.max_q_len + t;
 #pragma unroll 1
     for (int j = 0; Any(j < num_keys); j += kChunk) {
       float gradients[kChunk];
 #pragma unroll
       for (int i = 0; i < kChunk; ++i, key += key_bytes_) {
-        const bool sees = wanted && row.Sees(j + i);
+        const bool sees = wanted && row.Sees(FreshOfLane(j) + i);
         const float2 both = sees ? weights[j + i] : float2{0, 0};
         const float gradient = sees ? both.x * (both.y - mean) : 0.0f;
-        gradients[i] = sees ? gradient * slopes_[j + i] * p_.scale : 0.0f;
+        gradients[i] = sees ? gradient * slopes_[j + i] * p.scale : 0.0f;
         if (!writes) continue;
-        if (wanted && p_.dbias != nullptr && Team::LaneOfTeam() == i && j + i < p_.max_kv_len) {
-          p_.dbias[logits * p_.max_kv_len + j + i] = gradient;
+        if (wanted && p.dbias != nullptr && Team::LaneOfTeam() == i && j + i < p.max_kv_len) {
+          p.dbias[logits * p.max_kv_len + j + i] = gradient;
         }
         Team::Add(gradients[i], Team::Load(key, dim_, j + i < num_keys), dquery);
       }
@@ -311,10 +328,10 @@ class RowGradients {
     }
     WaveFence();
     if (!writes || !wanted) return;
-    Team::Store(QueryGradient<Team>(p_, seq_, t, head), dim_, 1.0f, dquery);
-    if (p_.dbias == nullptr) return;
-    for (int j = num_keys + Team::LaneOfTeam(); j < p_.max_kv_len; j += Team::kLanes) {
-      p_.dbias[logits * p_.max_kv_len + j] = 0;
+    Team::Store(QueryGradient<Team>(p, seq_, t, head), dim_, 1.0f, dquery);
+    if (p.dbias == nullptr) return;
+    for (int j = FreshOfLane(num_keys) + Team::LaneOfTeam(); j < p.max_kv_len; j += Team::kLanes) {
+      p.dbias[logits * p.max_kv_len + j] = 0;
     }
   }
 
@@ -325,29 +342,22 @@ class RowGradients {
   const int64_t key_bytes_, value_bytes_;
   const char* const key_;
   const char* const value_;
-  const bool stored_;
+  const int stored_;
   const int stride_;
   float* const slopes_;    // of the row at hand
   float2* const weights_;  // and the gradients of the products that they were made of
 };
 
-// Blocks that a core has room for: the more registers a thread has for what is on its way, the
-// fewer.
-template <typename Team, int kKeys>
-inline constexpr int kBackwardBlocks = kKeys == 0                    ? 2
-                                       : kKeys * Team::kPieces <= 4  ? 6
-                                       : kKeys * Team::kPieces <= 8  ? 4
-                                       : kKeys * Team::kPieces <= 12 ? 3
-                                                                     : 2;
-
 // `kKeys`: at most, and one row; 0: any number of both.
 template <typename Team, int kKeys>
-__global__ void JAX_ATTN_LAUNCH_BOUNDS(kMaxThreads, kBackwardBlocks<Team, kKeys>)
+__global__ void JAX_ATTN_LAUNCH_BOUNDS(
+    kMaxThreads, BlocksPerCore(SmallSeqShape{Team::kLanes, Team::kPieces, kKeys}, true))
     SmallSeqBackward(JAX_ATTN_PARAMETER SmallSeqBackwardParams p,
                      JAX_ATTN_PARAMETER SmallSeqWork w) {
   __shared__ PackedSequences::Shared shared;
   JAX_ATTN_DYNAMIC_SHARED(small_seq_weights);
-  const auto visit = [&](const Sequence& seq, int head, bool is_there) {
+  const auto visit = [&](const SmallSeqBackwardParams& p, const SmallSeqWork& w,
+                         const Sequence& seq, int head, bool is_there) {
     if constexpr (kKeys > 0) {
       DifferentiateOneRow<Team, kKeys>(p, w, seq, head, is_there);
     } else {
@@ -357,17 +367,10 @@ __global__ void JAX_ATTN_LAUNCH_BOUNDS(kMaxThreads, kBackwardBlocks<Team, kKeys>
       if (is_there) ClearUnseen<Team>(p, w, seq, head, seq.num_keys);
     }
   };
-  PackedSequences packed(p, w, shared);
-  if (p.packed()) packed.Begin();
-  ForEachHead<Team::kLanes>(p, w, packed, visit);
-  if (!p.packed()) return;
-  const auto clear = [&](bool of_queries, void* data, int64_t elements) {
-    packed.ForUnused(of_queries, elements * Team::kSize / 16,
-                     [&](int64_t i) { static_cast<uint4*>(data)[i] = {0, 0, 0, 0}; });
-  };
-  clear(true, p.dquery, p.num_q_heads * p.head_dim);
-  clear(false, p.dkey, p.num_kv_heads * p.head_dim);
-  clear(false, p.dvalue, p.num_kv_heads * p.v_head_dim);
+  const PackedSequences packed(p, w, shared);
+  ForEachHead<Team::kLanes>(p, w, packed, p.packed(), visit);
+  if (p.packed())
+    ClearUnusedGradients<Team::kDType>(FreshParameter(p), packed.Fresh<SmallSeqBackwardParams>());
 }
 
 // Kernels for SmallSeqKernelOf. One row needs registers for all keys, of which some AMD GPUs have

@@ -26,6 +26,15 @@ JAX_ATTN_DEVICE void ClearRows(const SmallSeqAttentionParams& p, const SmallSeqW
   }
 }
 
+// The same for tokens of no sequence.
+template <DType kDType>
+JAX_ATTN_DEVICE void ClearUnusedRows(const SmallSeqAttentionParams& p,
+                                     const PackedSequences& packed) {
+  const int64_t size = p.num_q_heads * p.v_head_dim * static_cast<int64_t>(SizeOf(kDType)) / 16;
+  packed.ForUnused(true, size, [&](int64_t i) { static_cast<uint4*>(p.out)[i] = {0, 0, 0, 0}; });
+  packed.ForUnused(true, p.num_q_heads, [&](int64_t i) { p.lse[i] = -kInfinity; });
+}
+
 // One row. Of up to 8 keys, all keys and values are on their way at once; of more, values follow as
 // keys free their registers.
 template <typename Team, int kKeys>
@@ -119,15 +128,17 @@ JAX_ATTN_DEVICE void AttendRows(const SmallSeqAttentionParams& p, const SmallSeq
 
 #pragma unroll 1
   for (int first = 0; Any(first < rows.count); first += kRows) {
+    const SmallSeqAttentionParams& now_p = FreshParameter(p);
     float x[kRows][Team::kElements], out[kRows][Team::kElements], top[kRows], total[kRows];
     RowLogits row[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const auto [t, query_head] = rows.At(first + r);
-      const char* query = HeadOf<Team>(p.query, seq.at.query + seq.QueryIn(p, t, query_head) * dim);
+      const char* query =
+          HeadOf<Team>(now_p.query, seq.at.query + seq.QueryIn(now_p, t, query_head) * dim);
       Team::Unpack(Team::Load(query, dim, first + r < rows.count), x[r]);
       Team::Clear(out[r]);
-      row[r] = RowLogits(p, seq, t, query_head);
+      row[r] = RowLogits(now_p, seq, t, query_head);
       top[r] = -kInfinity;
       total[r] = 0;
     }
@@ -152,7 +163,8 @@ JAX_ATTN_DEVICE void AttendRows(const SmallSeqAttentionParams& p, const SmallSeq
         for (int i = 0; i < kChunk; ++i) products[i] = Team::Multiply(x[r], keys[i]);
         const float product = Team::SumOverTeam(products);
         const bool sees = row[r].Sees(j + own);
-        const float logit = sees ? row[r].Of(p, product, j + own, slope) : -kInfinity;
+        const float logit =
+            sees ? row[r].Of(FreshParameter(p), product, j + own, slope) : -kInfinity;
         const float new_top = Max(top[r], MaxOfChunk(logit));
         const float keep = Relative(top[r], new_top), weight = Relative(logit, new_top);
         top[r] = new_top;
@@ -168,47 +180,38 @@ JAX_ATTN_DEVICE void AttendRows(const SmallSeqAttentionParams& p, const SmallSeq
       const float sum = SumOfChunk(total[r]);
       if (first + r >= rows.count) continue;
       const auto [t, query_head] = rows.At(first + r);
-      const int64_t index = seq.QueryRow(p, t, query_head);
-      Team::Store(static_cast<char*>(p.out) + index * v_dim * Team::kSize, v_dim,
+      const SmallSeqAttentionParams& later_p = FreshParameter(p);
+      const int64_t index = seq.QueryRow(later_p, t, query_head);
+      Team::Store(static_cast<char*>(later_p.out) + index * v_dim * Team::kSize, v_dim,
                   sum == 0 ? 0.0f : 1.0f / sum, out[r]);
-      if (Team::LaneOfTeam() == 0) p.lse[index] = LogSumExp(top[r], sum);
+      if (Team::LaneOfTeam() == 0) later_p.lse[index] = LogSumExp(top[r], sum);
     }
   }
   if (!is_there) return;
-  ClearRows<Team>(p, w, seq, head, 0, seq.first_query);
-  ClearRows<Team>(p, w, seq, head, seq.end_query, seq.query.room);
+  const SmallSeqAttentionParams& later_p = FreshParameter(p);
+  ClearRows<Team>(later_p, w, seq, head, 0, seq.first_query);
+  ClearRows<Team>(later_p, w, seq, head, seq.end_query, seq.query.room);
 }
-
-// Blocks that a core has room for: the more registers a thread has for what is on its way, the
-// fewer.
-template <typename Team, int kKeys>
-inline constexpr int kForwardBlocks = kKeys == 0                    ? 3
-                                      : kKeys * Team::kPieces <= 4  ? 8
-                                      : kKeys * Team::kPieces <= 8  ? 5
-                                      : kKeys * Team::kPieces <= 12 ? 4
-                                      : kKeys * Team::kPieces <= 16 ? 3
-                                                                    : 2;
 
 // `kKeys`: at most, and one row; 0: any number of both.
 template <typename Team, int kKeys>
-__global__ void JAX_ATTN_LAUNCH_BOUNDS(kMaxThreads, kForwardBlocks<Team, kKeys>)
+__global__ void JAX_ATTN_LAUNCH_BOUNDS(
+    kMaxThreads, BlocksPerCore(SmallSeqShape{Team::kLanes, Team::kPieces, kKeys}, false))
     SmallSeqForward(JAX_ATTN_PARAMETER SmallSeqAttentionParams p,
                     JAX_ATTN_PARAMETER SmallSeqWork w) {
   __shared__ PackedSequences::Shared shared;
-  const auto visit = [&](const Sequence& seq, int head, bool is_there) {
+  const auto visit = [&](const SmallSeqAttentionParams& p, const SmallSeqWork& w,
+                         const Sequence& seq, int head, bool is_there) {
     if constexpr (kKeys > 0) {
       AttendOneRow<Team, kKeys>(p, w, seq, head, is_there);
     } else {
       AttendRows<Team>(p, w, seq, head, is_there);
     }
   };
-  PackedSequences packed(p, w, shared);
-  if (p.packed()) packed.Begin();
-  ForEachHead<Team::kLanes>(p, w, packed, visit);
-  if (!p.packed()) return;
-  const int64_t size = p.num_q_heads * p.v_head_dim * Team::kSize / 16;
-  packed.ForUnused(true, size, [&](int64_t i) { static_cast<uint4*>(p.out)[i] = {0, 0, 0, 0}; });
-  packed.ForUnused(true, p.num_q_heads, [&](int64_t i) { p.lse[i] = -kInfinity; });
+  const PackedSequences packed(p, w, shared);
+  ForEachHead<Team::kLanes>(p, w, packed, p.packed(), visit);
+  if (p.packed())
+    ClearUnusedRows<Team::kDType>(FreshParameter(p), packed.Fresh<SmallSeqAttentionParams>());
 }
 
 // Kernels for SmallSeqKernelOf.

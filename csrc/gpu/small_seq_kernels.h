@@ -19,12 +19,18 @@ inline constexpr int kMaxThreads = 128;
 // The most keys of the kernels for one row; those for any number of rows take what is left.
 inline constexpr int kOneRowKeys[] = {2, 4, 8, 12, 16};
 
+// Sequences of a packed array that a block looks at together, at most.
+inline constexpr int kMostInTile = 32;
+
 // How a problem is dealt to blocks.
 struct SmallSeqWork {
-  int group_size = 0;           // query heads of a kv head
-  int num_heads = 0;            // dense: kv heads of all sequences
-  int blocks_per_array = 0;     // packed: blocks of each array
-  int sequences_per_block = 0;  // packed: all but the last blocks have as many
+  int group_size = 0;  // query heads of a kv head
+  int num_rows = 0;    // query rows of a kv head, at most
+  unsigned num_q_heads = 0;
+  unsigned group_inverse = 0;  // 2^31 / group_size, rounded up
+  int num_heads = 0;           // dense: kv heads of all sequences
+  int blocks_per_array = 0;    // packed: blocks of each array
+  int sequences_per_tile = 0;  // packed: that a block takes at a time
   // Backward, any number of rows: shared memory of a team. It has three floats for each key, and if
   // it keeps the weights of all rows, two for each key of the others.
   int padded_keys = 0;
@@ -38,11 +44,47 @@ struct SmallSeqShape {
   int keys = 0;    // at most, and one query row for each kv head; 0: any number of both
 };
 
+// Blocks that a core has room for: the more registers a thread has for what is on its way, the
+// fewer. The kernels are compiled for as many.
+constexpr int BlocksPerCore(const SmallSeqShape& shape, bool backward) {
+  const int pieces = shape.keys * shape.pieces;
+  if (shape.keys == 0) return backward ? 2 : 3;
+  if (backward) return pieces <= 4 ? 6 : pieces <= 8 ? 4 : pieces <= 12 ? 3 : 2;
+  return pieces <= 4 ? 8 : pieces <= 8 ? 5 : pieces <= 12 ? 4 : pieces <= 16 ? 3 : 2;
+}
+
 // Null if there is none of this shape.
 template <DType kDType>
 const void* SmallSeqForwardOf(const SmallSeqShape& shape);
 template <DType kDType>
 const void* SmallSeqBackwardOf(const SmallSeqShape& shape);
+
+// Elements of a head that a wave has where tiles of rows follow each other. Backward, it holds the
+// sums of all gradients of keys and values.
+inline constexpr int kManyRowsForwardDim = 128;
+inline constexpr int kManyRowsBackwardDim = 64;
+
+// Kernels on matrix instructions.
+struct SmallSeqTiles {
+  int rows = 0;            // query rows that are done together
+  int keys = 0;            // at most
+  int dim = 0;             // elements of a head that a wave has
+  int parts = 0;           // waves that share a head
+  bool many_rows = false;  // tiles of rows follow each other
+  bool packed = false;
+};
+
+constexpr int BlocksPerCore(const SmallSeqTiles& tiles, bool backward) {
+  if (tiles.rows == 8) return backward ? 4 : 5;
+  if (tiles.many_rows) return backward ? 2 : 3;
+  return tiles.dim == 64 ? 4 : 3;
+}
+
+// Null if there is none of this shape.
+template <DType kDType>
+const void* SmallSeqMatrixForwardOf(const SmallSeqTiles& tiles);
+template <DType kDType>
+const void* SmallSeqMatrixBackwardOf(const SmallSeqTiles& tiles);
 
 }  // namespace jax_attn::gpu
 

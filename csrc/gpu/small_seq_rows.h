@@ -29,7 +29,7 @@ struct RowsOfHead {
   };
 
   JAX_ATTN_DEVICE RowsOfHead(const SmallSeqWork& w, const Sequence& seq, int kv_head)
-      : group(w.group_size),
+      : group(FreshOfLane(w.group_size)),
         first_query(seq.first_query),
         first_head(kv_head * group),
         count((seq.end_query - seq.first_query) * group) {}
@@ -86,32 +86,36 @@ JAX_ATTN_DEVICE float LogSumExp(float top, float total) {
   return top == kInfinity ? top : top + logf(total);
 }
 
-// Calls visit(sequence, kv head, whether there is one) for each head of the block's sequences. All
-// lanes of a wave call it as often, and `visit` may exchange values between them. Packed: `packed`
-// is ready.
+// Calls visit(p, w, sequence, kv head, whether there is one) for each head of the block's
+// sequences. All threads of a block call it as often, and `visit` may exchange values between them.
+// `is_packed`: as the problem is; kernels that know it need fewer registers.
 template <int kLanes, typename Params, typename Visit>
-JAX_ATTN_DEVICE void ForEachHead(const Params& p, const SmallSeqWork& w, PackedSequences& packed,
-                                 Visit visit) {
-  const bool is_packed = p.packed();
-  const int team = static_cast<int>(threadIdx.x) / kLanes;
+JAX_ATTN_DEVICE void ForEachHead(const Params& p, const SmallSeqWork& w,
+                                 const PackedSequences& packed, bool is_packed, Visit visit) {
+  const int team = FreshOfLane(static_cast<int>(threadIdx.x)) / kLanes;
   const int teams = static_cast<int>(blockDim.x) / kLanes;
-  const unsigned heads = static_cast<unsigned>(p.num_kv_heads);
-  // Of a dense batch a team has one head.
-  int first = is_packed ? 0 : static_cast<int>(blockIdx.x) * teams;
-  int count = is_packed ? packed.NextTile() * static_cast<int>(heads) : w.num_heads;
-  while (first < count) {
+  int tile = -1, first = 0, count = 0;
+  if (!is_packed) {
+    first = static_cast<int>(blockIdx.x) * teams;  // a team has one head
+    count = w.num_heads;
+  }
+  for (;;) {
+    const Params& fresh_p = FreshParameter(p);
+    const unsigned heads = static_cast<unsigned>(fresh_p.num_kv_heads);
+    if (is_packed && first >= count) {
+      first = 0;
+      count = packed.template Fresh<Params>().FindTile(++tile) * static_cast<int>(heads);
+    }
+    if (first >= count) return;
     const bool is_there = first + team < count;
     const unsigned item = static_cast<unsigned>(is_there ? first + team : first);
     const int index = static_cast<int>(item / heads), head = static_cast<int>(item % heads);
-    Sequence seq = is_packed ? packed.At(p, index) : DenseSequence(p, index);
+    Sequence seq = is_packed ? packed.template Fresh<Params>().At(fresh_p, tile, index)
+                             : DenseSequence(fresh_p, index);
     if (!is_there) seq.num_keys = seq.first_query = seq.end_query = 0;
-    visit(seq, head, is_there);
+    visit(FreshParameter(p), FreshParameter<Params>(w), seq, head, is_there);
     if (!is_packed) return;
     first += teams;
-    if (first >= count) {
-      first = 0;
-      count = packed.NextTile() * static_cast<int>(heads);
-    }
   }
 }
 

@@ -124,55 +124,57 @@ JAX_ATTN_DEVICE Sequence DenseSequence(const Params& p, unsigned index) {
   return seq;
 }
 
-// A block's sequences of a packed array. They begin where those before end, whatever the bounds
-// say (see ClippedBound), so a block looks at all bounds in front of its first sequence.
+// A block's sequences of a packed array: tiles of a few that follow each other, dealt to the blocks
+// in turn, so that blocks that run together are near each other in memory. Sequences begin where
+// those before end, whatever the bounds say (see ClippedBound), so a block looks at all bounds.
+// What it knows is kept in shared memory: registers are for what is on its way.
 class PackedSequences {
  public:
   struct Side {
-    int starts[kMaxThreads + 1];  // of the sequences of a tile, and of the next one
-    int first;                    // of the array
+    int starts[kMostInTile + 1];  // of the sequences of a tile, and of the next one
+    int maxima[kMaxThreads / 32];
+    int first;  // of the array
     int end;
   };
   struct Shared {
     Side query, kv;
-    int maxima[2][kMaxThreads / 32];
   };
 
   JAX_ATTN_DEVICE PackedSequences(const SmallSeqProblem& p, const SmallSeqWork& w, Shared& shared)
       : p_(p), w_(w), shared_(shared) {}
 
-  // Finds where the block's first sequence begins.
-  JAX_ATTN_DEVICE void Begin() {
-    const unsigned num_blocks = static_cast<unsigned>(w_.blocks_per_array);
-    array_ = blockIdx.x / num_blocks;
-    block_ = static_cast<int>(blockIdx.x % num_blocks);
-    const int count = static_cast<int>(p_.num_sequences());
-    next_ = Clip(int64_t{block_} * w_.sequences_per_block, count);
-    last_ = Clip(int64_t{next_} + w_.sequences_per_block, count);
-    query_bounds_ = Bounds(p_.query_cu_seqlens);
-    kv_bounds_ = Bounds(p_.kv_cu_seqlens);
-    FindStart(query_bounds_, p_.query_tokens, shared_.query, query_start_);
-    FindStart(kv_bounds_, p_.kv_tokens, shared_.kv, kv_start_);
-  }
-
-  // Takes the next sequences of the block, and returns how many; 0 after the last.
-  JAX_ATTN_DEVICE int NextTile() {
-    first_ = next_;
-    const int threads = static_cast<int>(blockDim.x);
-    const int count = last_ - next_ < threads ? last_ - next_ : threads;
-    if (count == 0) return 0;
-    FindTile(query_bounds_, p_.query_tokens, count, query_start_, shared_.query.starts);
-    FindTile(kv_bounds_, p_.kv_tokens, count, kv_start_, shared_.kv.starts);
-    next_ += count;
-    return count;
-  }
-
-  // Sequence `i` of the tile.
+  // The same with parameters that are read again.
   template <typename Params>
-  JAX_ATTN_DEVICE Sequence At(const Params& p, int i) const {
-    const int64_t index = array_ * p.num_sequences() + first_ + i;
+  JAX_ATTN_DEVICE PackedSequences Fresh() const {
+    return PackedSequences(FreshParameter(p_), FreshParameter<Params>(w_), shared_);
+  }
+
+  // Tile `i` of the block: finds its sequences, and returns how many there are. To be called for
+  // tiles in order; 0 after the last, when the bounds behind it have been looked at too.
+  JAX_ATTN_DEVICE int FindTile(int i) const {
+    const int count = static_cast<int>(p_.num_sequences());
+    const int first = FirstOf(i), in_tile = w_.sequences_per_tile;
+    // Bounds up to that one are known.
+    const int known = i == 0 ? -1 : Least(FirstOf(i - 1) + in_tile, count);
+    const int last = Least(first, count);
+    __syncthreads();  // nobody looks at the tile before any more
+    LookAtBounds(known, last);
+    __syncthreads();
+    const int size = Least(in_tile, count - last);
+    if (WaveIndex() == 0) {
+      Fill(p_.query_cu_seqlens, p_.query_tokens, i == 0, last, size, shared_.query);
+    }
+    if (WaveIndex() == 1) Fill(p_.kv_cu_seqlens, p_.kv_tokens, i == 0, last, size, shared_.kv);
+    __syncthreads();
+    return size;
+  }
+
+  // Sequence `i` of a tile.
+  template <typename Params>
+  JAX_ATTN_DEVICE Sequence At(const Params& p, int tile, int i) const {
+    const int64_t index = Array() * p.num_sequences() + FirstOf(tile) + i;
     Sequence seq(p, static_cast<unsigned>(index));
-    seq.array = array_;
+    seq.array = Array();
     seq.query =
         SpanOf(shared_.query.starts, i, p.max_q_len, p.query_lengths.data, seq.at.query_lengths);
     seq.kv = SpanOf(shared_.kv.starts, i, p.max_kv_len, p.kv_lengths.data, seq.at.kv_lengths);
@@ -180,14 +182,15 @@ class PackedSequences {
     return seq;
   }
 
-  // Calls fill(token) with this thread's share of the tokens that no sequence has.
+  // After the last tile: calls fill(token) with this thread's share of the tokens that no sequence
+  // has.
   template <typename Fill>
   JAX_ATTN_DEVICE void ForUnused(bool of_queries, int64_t units_per_token, Fill fill) const {
     const Side& side = of_queries ? shared_.query : shared_.kv;
     const int64_t tokens = of_queries ? p_.query_tokens : p_.kv_tokens;
     const int64_t step = static_cast<int64_t>(w_.blocks_per_array) * blockDim.x;
-    const int64_t own = static_cast<int64_t>(block_) * blockDim.x + threadIdx.x;
-    const int64_t base = array_ * tokens * units_per_token;
+    const int64_t own = static_cast<int64_t>(Block()) * blockDim.x + threadIdx.x;
+    const int64_t base = Array() * tokens * units_per_token;
     for (int64_t i = own; i < side.first * units_per_token; i += step) fill(base + i);
     for (int64_t i = side.end * units_per_token + own; i < tokens * units_per_token; i += step) {
       fill(base + i);
@@ -195,9 +198,21 @@ class PackedSequences {
   }
 
  private:
+  JAX_ATTN_DEVICE int64_t Array() const {
+    return blockIdx.x / static_cast<unsigned>(w_.blocks_per_array);
+  }
+  JAX_ATTN_DEVICE int Block() const {
+    return static_cast<int>(blockIdx.x % static_cast<unsigned>(w_.blocks_per_array));
+  }
+  JAX_ATTN_DEVICE int FirstOf(int tile) const {
+    return (tile * w_.blocks_per_array + Block()) * w_.sequences_per_tile;
+  }
+  JAX_ATTN_DEVICE static int Least(int a, int b) { return a < b ? a : b; }
+  JAX_ATTN_DEVICE static int Most(int a, int b) { return a > b ? a : b; }
+
   JAX_ATTN_DEVICE const int32_t* Bounds(const Operand<int32_t>& bounds) const {
     int64_t offset = 0;
-    unsigned index = static_cast<unsigned>(array_);
+    unsigned index = static_cast<unsigned>(Array());
 #pragma unroll 1
     for (int d = p_.batch.num_dims - 2; d >= 0; --d) {
       const unsigned size = static_cast<unsigned>(p_.batch.sizes[d]);
@@ -207,67 +222,61 @@ class PackedSequences {
     return bounds.data + offset;
   }
 
-  JAX_ATTN_DEVICE static int MaxOfWave(int x) {
+  // Leaves the largest of the bounds after `known`, up to `last`, of each wave.
+  JAX_ATTN_DEVICE void LookAtBounds(int known, int last) const {
+    constexpr int kAtOnce = 4;  // of each side, on their way
+    const int threads = static_cast<int>(blockDim.x);
+    const int32_t* const query_bounds = Bounds(p_.query_cu_seqlens);
+    const int32_t* const kv_bounds = Bounds(p_.kv_cu_seqlens);
+    int query_most = 0, kv_most = 0;
+#pragma unroll 1
+    for (int first = known + 1 + static_cast<int>(threadIdx.x); first <= last;
+         first += kAtOnce * threads) {
+      int x[kAtOnce], y[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int at = Least(first + i * threads, last);
+        x[i] = query_bounds[at];
+        y[i] = kv_bounds[at];
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        query_most = Most(query_most, x[i]);
+        kv_most = Most(kv_most, y[i]);
+      }
+    }
 #pragma unroll
     for (int mask = 1; mask < kWave; mask *= 2) {
-      const int other = ShuffleXor(x, mask);
-      x = other > x ? other : x;
+      query_most = Most(query_most, ShuffleXor(query_most, mask));
+      kv_most = Most(kv_most, ShuffleXor(kv_most, mask));
     }
-    return x;
+    if (Lane() != 0) return;
+    shared_.query.maxima[WaveIndex()] = Clip(query_most, p_.query_tokens);
+    shared_.kv.maxima[WaveIndex()] = Clip(kv_most, p_.kv_tokens);
   }
 
-  // Finds where the array's sequences, and this block's, begin, and where the last ends.
-  JAX_ATTN_DEVICE void FindStart(const int32_t* bounds, int64_t tokens, Side& side,
-                                 int& start) const {
-    const int count = static_cast<int>(p_.num_sequences());
-    int before = 0, all = 0;
-#pragma unroll 8
-    for (int i = static_cast<int>(threadIdx.x); i <= count; i += static_cast<int>(blockDim.x)) {
-      const int bound = Clip(bounds[i], tokens);
-      if (i <= next_ && bound > before) before = bound;
-      if (bound > all) all = bound;
-    }
-    before = MaxOfWave(before);
-    all = MaxOfWave(all);
-    if (Lane() == 0) {
-      shared_.maxima[0][WaveIndex()] = before;
-      shared_.maxima[1][WaveIndex()] = all;
-    }
-    __syncthreads();
-    start = 0;
-    int end = 0;
+  // One wave: the running maximum of the bounds of a tile.
+  JAX_ATTN_DEVICE void Fill(const Operand<int32_t>& operand, int64_t tokens, bool is_first,
+                            int first, int size, Side& side) const {
+    const int32_t* const bounds = Bounds(operand);
+    int start = is_first ? 0 : side.end;
+#pragma unroll 1
     for (int i = 0; i < static_cast<int>(blockDim.x) / kWave; ++i) {
-      start = shared_.maxima[0][i] > start ? shared_.maxima[0][i] : start;
-      end = shared_.maxima[1][i] > end ? shared_.maxima[1][i] : end;
+      start = Most(start, side.maxima[i]);
     }
-    if (threadIdx.x == 0) {
-      side.first = Clip(bounds[0], tokens);
-      side.end = end;
+    const int lane = Lane();
+    int most = lane < size ? Most(start, Clip(bounds[first + 1 + lane], tokens)) : start;
+#pragma unroll
+    for (int distance = 1; distance < kMostInTile; distance *= 2) {
+      most = Most(most, ShuffleUp(most, distance));
     }
-    __syncthreads();
-  }
-
-  // The running maximum of the bounds of a tile.
-  JAX_ATTN_DEVICE void FindTile(const int32_t* bounds, int64_t tokens, int count, int& start,
-                                int* starts) const {
-    const int i = static_cast<int>(threadIdx.x);
-    __syncthreads();  // nobody looks at the tile before any more
-    int x = start;
-    if (i < count) {
-      const int bound = Clip(bounds[next_ + 1 + i], tokens);
-      x = bound > x ? bound : x;
-      starts[1 + i] = x;
-    }
-    if (i == 0) starts[0] = start;
-    __syncthreads();
-    for (int distance = 1; distance < count; distance *= 2) {
-      const bool moves = i < count && i >= distance;
-      const int other = moves ? starts[1 + i - distance] : 0;
-      __syncthreads();
-      if (moves && other > x) starts[1 + i] = x = other;
-      __syncthreads();
-    }
-    start = starts[count];
+    if (lane < size) side.starts[lane + 1] = most;
+    most = Broadcast(most, size > 0 ? size - 1 : 0);
+    WaveFence();
+    if (lane != 0) return;
+    side.starts[0] = start;
+    side.end = size > 0 ? most : start;
+    if (is_first) side.first = Clip(bounds[0], tokens);
   }
 
   JAX_ATTN_DEVICE static Span SpanOf(const int* starts, int i, int64_t longest,
@@ -283,11 +292,6 @@ class PackedSequences {
   const SmallSeqProblem& p_;
   const SmallSeqWork& w_;
   Shared& shared_;
-  int64_t array_ = 0;
-  int block_ = 0, first_ = 0, next_ = 0, last_ = 0;
-  int query_start_ = 0, kv_start_ = 0;
-  const int32_t* query_bounds_ = nullptr;
-  const int32_t* kv_bounds_ = nullptr;
 };
 
 }  // namespace jax_attn::gpu

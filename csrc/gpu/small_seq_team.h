@@ -45,7 +45,9 @@ struct Team {
     uint4 pieces[kPieces];
   };
 
-  JAX_ATTN_DEVICE static int LaneOfTeam() { return static_cast<int>(threadIdx.x) % kLanes; }
+  JAX_ATTN_DEVICE static int LaneOfTeam() {
+    return FreshOfLane(static_cast<int>(threadIdx.x)) % kLanes;
+  }
   JAX_ATTN_DEVICE static int Element(int piece) {
     return (piece * kLanes + LaneOfTeam()) * kPerPiece;
   }

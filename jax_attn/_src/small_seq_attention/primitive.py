@@ -313,9 +313,34 @@ def describe(
     return Description(
         op=GRADIENT_NAME if "dout" in avals else NAME,
         bytes_moved=sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays),
-        variant=registration.variant_of(platform, options.variant),
+        variant=_variant(platform, avals, options),
         num_splits=None,
         caches=(),
+    )
+
+
+def _variant(platform: str, avals: Mapping[str, Any], options: Options) -> str | None:
+    """Which of a platform's kernels a call would run; those of GPUs depend on its shapes."""
+    module = registration.native_module(platform)
+    query, key, value = avals["query"], avals["key"], avals["value"]
+    _, _, query_len, kv_len = _logits_shape(avals, options)
+    sizes = {
+        "max_q_len": query_len,
+        "max_kv_len": kv_len,
+        "num_q_heads": query.shape[-2],
+        "num_kv_heads": key.shape[-2],
+        "head_dim": query.shape[-1],
+        "v_head_dim": value.shape[-1],
+    }
+    known = all(isinstance(size, int) for size in sizes.values())
+    if not known or module is None or not hasattr(module, "small_seq_variant"):
+        return registration.variant_of(platform, options.variant)
+    return module.small_seq_variant(
+        **sizes,
+        dtype=query.dtype.name,
+        packed="query_cu_seqlens" in avals,
+        variant=options.variant,
+        backward="dout" in avals,
     )
 
 

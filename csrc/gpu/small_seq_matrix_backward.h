@@ -1,0 +1,310 @@
+// Copyright 2026 The jax_attn Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// The backward kernels on matrix instructions, for a tile of query rows of a kv head and a tile of
+// keys. Queries, keys, values and the output's cotangent are in registers, each loaded once.
+
+#ifndef JAX_ATTN_CSRC_GPU_SMALL_SEQ_MATRIX_BACKWARD_H_
+#define JAX_ATTN_CSRC_GPU_SMALL_SEQ_MATRIX_BACKWARD_H_
+
+#include <cstdint>
+
+#include "small_seq_backward.h"
+#include "small_seq_tiles.h"
+
+namespace jax_attn::gpu {
+
+// What weights are multiplied by before they are rounded to float16, so that small ones keep their
+// bits: at most 1, they become at most 2^14.
+template <DType kDType>
+inline constexpr float kWeightFactor = kDType == DType::kFloat16 ? 16384.0f : 1.0f;
+
+// The same for gradients of logits, which may be large too: a power of 2 that brings the largest to
+// about 2^14, and its reciprocal.
+template <DType kDType, typename Logits>
+JAX_ATTN_DEVICE float2 GradientFactor(const Logits& gradients) {
+  if constexpr (kDType == DType::kFloat16) {
+    float top = 0;
+#pragma unroll
+    for (const auto& x : gradients.x) {
+#pragma unroll
+      for (const float y : x) top = Max(top, fabsf(y));
+    }
+#pragma unroll
+    for (int mask = 1; mask < kWave; mask *= 2) top = Max(top, ShuffleXor(top, mask));
+    const uint32_t exponent = FloatBits(top) >> 23;
+    const uint32_t kept = exponent < 15 ? 15 : exponent;
+    return {BitsFloat((268 - kept) << 23), BitsFloat((kept - 14) << 23)};
+  } else {
+    return {1, 1};
+  }
+}
+
+// Makes weights of a row's logits, `s`, and gradients of its products, but for the scale, of the
+// products of the output's cotangent with values, `dp`.
+template <typename Logits>
+JAX_ATTN_DEVICE void DifferentiateLogits(const SmallSeqBackwardParams& p, const TileRow& row,
+                                         float lse, float dlse, float* dbias, int slot, Logits& s,
+                                         Logits& dp, const Logits& slopes) {
+  float mean = 0;
+  const bool any = lse != -kInfinity;
+#pragma unroll
+  for (int i = 0; i < Logits::kOwnKeys; ++i) {
+    // What is not seen is not multiplied either: it may be NaN.
+    const bool sees = Logits::Key(i) < row.end;
+    float &weight = s.At(slot, i), &gradient = dp.At(slot, i);
+    weight = sees && any ? Exp2((weight - lse) * kLog2OfE) : 0.0f;
+    gradient = sees ? gradient : 0.0f;
+    mean += weight * gradient;
+  }
+  mean = Logits::SumOverKeys(mean) - dlse;
+#pragma unroll
+  for (int i = 0; i < Logits::kOwnKeys; ++i) {
+    const bool sees = Logits::Key(i) < row.end;
+    dp.At(slot, i) = sees ? s.At(slot, i) * (dp.At(slot, i) - mean) : 0.0f;
+  }
+  if (dbias != nullptr) {
+#pragma unroll
+    for (int i = 0; i < Logits::kOwnKeys; ++i) {
+      if (Logits::Key(i) < p.max_kv_len) dbias[Logits::Key(i)] = dp.At(slot, i);
+    }
+  }
+  if (p.logits_soft_cap == 0) return;
+#pragma unroll
+  for (int i = 0; i < Logits::kOwnKeys; ++i) {
+    const bool sees = Logits::Key(i) < row.end;
+    dp.At(slot, i) = sees ? dp.At(slot, i) * slopes.At(slot, i) : 0.0f;
+  }
+}
+
+// Sums over query rows, for the keys of a lane.
+template <typename Shape>
+struct KeySums {
+  static constexpr int kSlots = Shape::KeyTile::kSlots;
+
+  // Stores `factor` times chunk `c`, for a result whose heads have `dim` elements.
+  JAX_ATTN_DEVICE void Store(const SmallSeqProblem& p, const Sequence& seq, const HeadPlace& place,
+                             void* to, int dim, int c, float factor) const {
+    const int first_element = Shape::Part() * Shape::kDim;
+    char* const first = static_cast<char*>(to) + (place.key_out * dim + first_element) * 2;
+    const unsigned stride = static_cast<unsigned>(p.num_kv_heads) * dim * 2;
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      const int j = RowOfSlot(slot);
+      StoreTilePiece<Shape::kDType>(first + j * stride, dim - first_element, c, j < seq.num_keys,
+                                    factor, x[slot]);
+    }
+  }
+
+  float x[kSlots][kPieceElements] = {};
+};
+
+// Rows of a head, a tile at a time.
+template <typename Shape>
+class TileGradients {
+ public:
+  static constexpr DType kDType = Shape::kDType;
+  static constexpr int kSlots = Shape::Logits::kSlots;
+  using Partial = PartialScores<Shape, 2>;
+
+  JAX_ATTN_DEVICE TileGradients(const SmallSeqBackwardParams& p, const SmallSeqWork& w,
+                                typename Partial::Shared& shared, const Sequence& seq, int head)
+      : p_(p),
+        w_(w),
+        shared_(shared),
+        seq_(seq),
+        head_(head),
+        dim_(static_cast<int>(p.head_dim)),
+        v_dim_(static_cast<int>(p.v_head_dim)),
+        place_(p, w, seq, head) {}
+
+  JAX_ATTN_DEVICE void Run() {
+    typename Shape::KeyTile keys, values;
+    if constexpr (!Shape::kManyRows) {
+      typename Shape::QueryTile queries, douts;
+      FindRows(0);
+      LoadQueries(queries);
+      keys.Load(KeyRows(p_.key, seq_.at.key, dim_), seq_.num_keys, dim_ - FirstElement());
+      LoadCotangents(douts);
+      values.Load(KeyRows(p_.value, seq_.at.value, v_dim_), seq_.num_keys, v_dim_ - FirstElement());
+      Differentiate(queries, keys, douts, values);
+      const auto of_rows = weights_.Transposed();
+#pragma unroll
+      for (int c = 0; c < Shape::kChunks; ++c) {
+        KeepOrder();
+        KeySums<Shape> sums;
+        of_rows.Sum(douts, c, sums.x);
+        sums.Store(p_, seq_, place_, p_.dvalue, v_dim_, c, 1 / kWeightFactor<kDType>);
+      }
+      const auto gradients_of_rows = gradients_.Transposed();
+#pragma unroll
+      for (int c = 0; c < Shape::kChunks; ++c) {
+        KeepOrder();
+        KeySums<Shape> sums;
+        gradients_of_rows.Sum(queries, c, sums.x);
+        sums.Store(p_, seq_, place_, p_.dkey, dim_, c, undo_);
+      }
+      StoreQueryGradients(keys);
+    } else {
+      keys.Load(KeyRows(p_.key, seq_.at.key, dim_), seq_.num_keys, dim_ - FirstElement());
+      values.Load(KeyRows(p_.value, seq_.at.value, v_dim_), seq_.num_keys, v_dim_ - FirstElement());
+      KeySums<Shape> dkeys[Shape::kChunks], dvalues[Shape::kChunks];
+#pragma unroll 1
+      for (int first = 0; first < w_.num_rows; first += Shape::kRows) {
+        typename Shape::QueryTile queries, douts;
+        FindRows(first);
+        LoadQueries(queries);
+        LoadCotangents(douts);
+        Differentiate(queries, keys, douts, values);
+        const auto of_rows = weights_.Transposed();
+        const auto gradients_of_rows = gradients_.Transposed();
+#pragma unroll
+        for (int c = 0; c < Shape::kChunks; ++c) {
+          KeepOrder();
+          of_rows.Sum(douts, c, dvalues[c].x);
+          KeySums<Shape> sums;
+          gradients_of_rows.Sum(queries, c, sums.x);
+#pragma unroll
+          for (int slot = 0; slot < KeySums<Shape>::kSlots; ++slot) {
+#pragma unroll
+            for (int e = 0; e < kPieceElements; ++e) dkeys[c].x[slot][e] += undo_ * sums.x[slot][e];
+          }
+        }
+        StoreQueryGradients(keys);
+      }
+#pragma unroll
+      for (int c = 0; c < Shape::kChunks; ++c) {
+        KeepOrder();
+        dvalues[c].Store(p_, seq_, place_, p_.dvalue, v_dim_, c, 1 / kWeightFactor<kDType>);
+        dkeys[c].Store(p_, seq_, place_, p_.dkey, dim_, c, 1.0f);
+      }
+    }
+  }
+
+ private:
+  JAX_ATTN_DEVICE static int FirstElement() { return Shape::Part() * Shape::kDim; }
+
+  JAX_ATTN_DEVICE void FindRows(int first) {
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      rows_[slot] = TileRow(p_, w_, seq_, first + RowOfSlot(slot));
+      lse_[slot] = -kInfinity;
+      dlse_[slot] = 0;
+      const int64_t index = place_.query_in + rows_[slot].at;
+      const bool wanted = rows_[slot].wanted;
+      if (wanted) lse_[slot] = p_.lse.data[seq_.at.lse + index];
+      if (wanted && p_.dlse.data != nullptr) dlse_[slot] = p_.dlse.data[seq_.at.dlse + index];
+    }
+  }
+
+  JAX_ATTN_DEVICE void LoadRows(typename Shape::QueryTile& tile, const TokenOperand& x,
+                                int64_t offset, int dim) const {
+    const char* const first =
+        static_cast<const char*>(x.data) + (offset + place_.query_in * dim + FirstElement()) * 2;
+    tile.LoadSlots([&](int slot) { return first + rows_[slot].at * (dim * 2); },
+                   [&](int slot) { return rows_[slot].wanted; }, dim - FirstElement());
+  }
+  JAX_ATTN_DEVICE void LoadQueries(typename Shape::QueryTile& tile) const {
+    LoadRows(tile, p_.query, seq_.at.query, dim_);
+  }
+  JAX_ATTN_DEVICE void LoadCotangents(typename Shape::QueryTile& tile) const {
+    LoadRows(tile, p_.dout, seq_.at.dout, v_dim_);
+  }
+
+  JAX_ATTN_DEVICE auto KeyRows(const TokenOperand& x, int64_t offset, int dim) const {
+    const char* const first =
+        static_cast<const char*>(x.data) + (offset + place_.key_in * dim + FirstElement()) * 2;
+    const unsigned stride = static_cast<unsigned>(p_.num_kv_heads) * dim * 2;
+    return [=](int j) { return first + j * stride; };
+  }
+
+  // Finds the weights of the rows and the gradients of their products.
+  JAX_ATTN_DEVICE void Differentiate(const typename Shape::QueryTile& queries,
+                                     const typename Shape::KeyTile& keys,
+                                     const typename Shape::QueryTile& douts,
+                                     const typename Shape::KeyTile& values) {
+    typename Shape::Logits both[2], slopes;
+    both[0].Multiply(queries, keys);
+    both[1].Multiply(douts, values);
+    Partial::AddUp(shared_, both);
+    MakeLogits(p_, seq_, head_ * w_.group_size, rows_, both[0], &slopes);
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      float* dbias = nullptr;
+      if (p_.dbias != nullptr && rows_[slot].wanted && Shape::Part() == 0) {
+        const int64_t query_head =
+            int64_t{seq_.batch_index} * p_.num_q_heads + head_ * w_.group_size + rows_[slot].member;
+        dbias = p_.dbias + (query_head * p_.max_q_len + rows_[slot].t) * p_.max_kv_len;
+      }
+      DifferentiateLogits(p_, rows_[slot], lse_[slot], dlse_[slot], dbias, slot, both[0], both[1],
+                          slopes);
+    }
+    weights_ = Weights::OfKeys(both[0], kWeightFactor<kDType>);
+    const float2 factor = GradientFactor<kDType>(both[1]);
+    gradients_ = Weights::OfKeys(both[1], factor.x);
+    undo_ = factor.y * p_.scale;
+  }
+
+  JAX_ATTN_DEVICE void StoreQueryGradients(const typename Shape::KeyTile& keys) const {
+    char* const first =
+        static_cast<char*>(p_.dquery) + (place_.query_out * dim_ + FirstElement()) * 2;
+#pragma unroll
+    for (int c = 0; c < Shape::kChunks; ++c) {
+      KeepOrder();
+      float sums[kSlots][kPieceElements] = {};
+      gradients_.Sum(keys, c, sums);
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) {
+        StoreTilePiece<kDType>(first + rows_[slot].at * (dim_ * 2), dim_ - FirstElement(), c,
+                               rows_[slot].wanted, undo_, sums[slot]);
+      }
+    }
+  }
+
+  using Weights = TileWeights<kDType, Shape::kRows, Shape::kKeys>;
+
+  const SmallSeqBackwardParams& p_;
+  const SmallSeqWork& w_;
+  typename Partial::Shared& shared_;
+  const Sequence& seq_;
+  const int head_, dim_, v_dim_;
+  const HeadPlace place_;
+  TileRow rows_[kSlots];
+  float lse_[kSlots], dlse_[kSlots];
+  Weights weights_, gradients_;
+  float undo_ = 0;  // what gradients of products are to be multiplied by
+};
+
+template <typename Shape, bool kPacked>
+__global__ void JAX_ATTN_LAUNCH_BOUNDS(kMaxThreads, BlocksPerCore(Shape::kTiles, true))
+    SmallSeqMatrixBackward(JAX_ATTN_PARAMETER SmallSeqBackwardParams p,
+                           JAX_ATTN_PARAMETER SmallSeqWork w) {
+  __shared__ PackedSequences::Shared shared;
+  __shared__ typename PartialScores<Shape, 2>::Shared partial;
+  const PackedSequences packed(p, w, shared);
+  const auto visit = [&](const SmallSeqBackwardParams& p, const SmallSeqWork& w,
+                         const Sequence& seq, int head, bool is_there) {
+    const bool all_seen =
+        seq.end_query - seq.first_query == seq.query.room && seq.num_keys == seq.kv.room;
+    if (is_there && Shape::Part() == 0 && (!all_seen || p.dbias != nullptr)) {
+      ClearUnseen<typename Shape::Clearing>(p, w, seq, head, seq.num_keys);
+    }
+    TileGradients<Shape>(p, w, partial, seq, head).Run();
+  };
+  ForEachHead<Shape::kLanes>(p, w, packed, kPacked, visit);
+  if (kPacked)
+    ClearUnusedGradients<Shape::kDType>(FreshParameter(p), packed.Fresh<SmallSeqBackwardParams>());
+}
+
+// Kernels for SmallSeqMatrixKernelOf.
+struct MatrixBackwardKernels {
+  static constexpr int kManyRowsDim = kManyRowsBackwardDim;
+  template <typename Shape, bool kPacked>
+  static const void* Of() {
+    return KernelAddress(SmallSeqMatrixBackward<Shape, kPacked>);
+  }
+};
+
+}  // namespace jax_attn::gpu
+
+#endif  // JAX_ATTN_CSRC_GPU_SMALL_SEQ_MATRIX_BACKWARD_H_
