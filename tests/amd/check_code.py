@@ -45,12 +45,12 @@ class Kernel:
             yield f"{self.notes['group_segment_fixed_size']} bytes of local memory"
         if not self.count(r"(global|flat|buffer)_load_(dwordx4|b128)"):
             yield "no loads of 16 bytes"
-        if self.name.startswith("MatrixCore") and not self.count(self.matrix_instruction()):
+        if "Matrix" in self.name and not self.count(self.matrix_instruction()):
             yield f"no {self.matrix_instruction()}"
 
     def matrix_instruction(self):
         """A pattern of the instruction that a matrix kernel is meant to use."""
-        dtype = "f16" if self.name.startswith("MatrixCore<float16") else "bf16"
+        dtype = "f16" if re.search(r"Matrix\w+<(TileShape<)?float16", self.name) else "bf16"
         if self.target.startswith("gfx9"):
             return f"v_mfma_f32_16x16x16_?{dtype}"
         return f"v_wmma_f32_16x16x16_{dtype}"
@@ -82,8 +82,12 @@ def instructions(path):
 
 def readable(name):
     """A kernel's name with its types in words, such as `MatrixCore<bfloat16, int8, 128, 16>`."""
-    plain = tool("cxxfilt", name)
-    core = re.search(r"\w+Core<.*?>(?=>)", plain) or re.search(r"\w+Kernel", plain)
+    plain = tool("cxxfilt", name).replace("jax_attn::gpu::", "")
+    core = (
+        re.search(r"\w+Core<.*?>(?=>)", plain)
+        or re.search(r"(SmallSeq|FusedQkv)\w+<.*>(?=\()", plain)
+        or re.search(r"\w+Kernel", plain)
+    )
     types = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn", "float8_e4m3fnuz")
     types += ("float8_e5m2",)
     return re.sub(r"\(jax_attn::DType\)(\d+)", lambda m: types[int(m[1])], core[0])

@@ -4,6 +4,11 @@
 // Kernels whose code is checked for every AMD target (tests/amd/check_code.py): of each core and
 // width of stored numbers the sizes that models use most.
 
+#include "../../csrc/gpu/fused_qkv_kernel.h"
+#include "../../csrc/gpu/small_seq_backward.h"
+#include "../../csrc/gpu/small_seq_forward.h"
+#include "../../csrc/gpu/small_seq_matrix_backward.h"
+#include "../../csrc/gpu/small_seq_matrix_forward.h"
 #include "../../csrc/gpu/split_kv_matrix_kernels.h"
 #include "../../csrc/gpu/split_kv_merge.cu"
 #include "../../csrc/gpu/split_kv_vector_kernels.h"
@@ -21,5 +26,29 @@ KERNEL(VectorCore<DType::kFloat32, 128, 2>);
 KERNEL(VectorCore<DType::kFloat32, 128, 8>);
 KERNEL(VectorCore<DType::kBFloat16, 128, 8>);
 #undef KERNEL
+
+#define KERNELS(...)                                                              \
+  template __global__ void SmallSeqMatrixForward<TileShape<__VA_ARGS__>, false>(  \
+      SmallSeqAttentionParams, SmallSeqWork);                                     \
+  template __global__ void SmallSeqMatrixBackward<TileShape<__VA_ARGS__>, false>( \
+      SmallSeqBackwardParams, SmallSeqWork)
+KERNELS(DType::kBFloat16, 16, 16, 128, 1);
+KERNELS(DType::kFloat16, 16, 16, 64, 1);
+KERNELS(DType::kBFloat16, 16, 16, 128, 2);
+#undef KERNELS
+
+#define KERNELS(keys, ...)                                                             \
+  template __global__ void SmallSeqForward<__VA_ARGS__, keys>(SmallSeqAttentionParams, \
+                                                              SmallSeqWork);           \
+  template __global__ void SmallSeqBackward<__VA_ARGS__, keys>(SmallSeqBackwardParams, SmallSeqWork)
+KERNELS(8, Team<DType::kBFloat16, 16, 1>);
+KERNELS(0, Team<DType::kBFloat16, 16, 1>);
+KERNELS(4, Team<DType::kBFloat16, 32, 2>);
+KERNELS(8, Team<DType::kFloat32, 32, 1>);
+#undef KERNELS
+
+template __global__ void FusedQkvFewKernel<DType::kBFloat16, kPieceSize>(FusedQkvFewWork);
+template __global__ void FusedQkvPlainKernel<DType::kBFloat16, kPieceSize, true>(FusedQkvPlainWork);
+template __global__ void FusedQkvManyKernel<DType::kBFloat16, false>(FusedQkvPlainWork);
 
 }  // namespace jax_attn::gpu
