@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The implementations of attention decode that are compared: ours and other people's.
 
-All get the same arrays. Ours always get `kv_lengths`; the others get a mask only where the case
-needs one, so a full buffer costs them nothing for its lengths.
+All get the same arrays. Ours get `kv_lengths` unless named otherwise; the others get a mask only
+where the case needs one, so a full buffer costs them nothing for its lengths.
 """
 
 import dataclasses
@@ -45,8 +45,8 @@ class Peer:
     output: Callable[[Any], np.ndarray]
 
 
-def ours(case: Case, x: Inputs, implementation: Any) -> jax.Array:
-    """This package."""
+def ours(case: Case, x: Inputs, implementation: Any, lengths: bool = True) -> jax.Array:
+    """This package; without `lengths` of full contexts, as most others."""
     options: dict[str, Any] = {
         "causal": case.causal,
         "sliding_window": case.sliding_window,
@@ -56,7 +56,9 @@ def ours(case: Case, x: Inputs, implementation: Any) -> jax.Array:
     }
     if case.page_size is not None:
         return jax_attn.paged_attention(x.query, x.cache, x.page_table, x.kv_lengths, **options)
-    options |= {"kv_lengths": x.kv_lengths, "k_scale": x.k_scale, "v_scale": x.v_scale}
+    options |= {"k_scale": x.k_scale, "v_scale": x.v_scale}
+    if lengths:
+        options["kv_lengths"] = x.kv_lengths
     return jax_attn.split_kv_attention(x.query, x.key, x.value, **options)
 
 
@@ -72,6 +74,43 @@ def jax_nn(case: Case, x: Inputs, implementation: Any) -> jax.Array:
     return jax.nn.dot_product_attention(
         x.query, key, value, mask=mask, implementation=implementation
     )
+
+
+def pallas(case: Case, x: Inputs, k_splits: int) -> jax.Array:
+    """Pallas' decoding kernels, over a cache with heads first."""
+    from jax.experimental.pallas.ops.gpu import decode_attention, paged_attention
+
+    query = x.query[:, 0]
+    if x.page_table is None:
+        # The kernel swaps the axes back.
+        dense = (a.swapaxes(1, 2) for a in (x.key, x.value))
+        out = decode_attention.gqa(query, *dense, k_splits=k_splits)
+    else:
+        out = paged_attention.paged_attention(
+            query, x.key, x.value, x.page_table, x.kv_lengths, k_splits=k_splits
+        )
+    return out[:, None]
+
+
+def prepare_pallas(case: Case, device: Device, sets: Sequence[Inputs]) -> Runner:
+    """Makes the fastest of a few numbers of splits ready, on copies with heads first."""
+
+    def heads_first(a: jax.Array) -> jax.Array:
+        axes = (0, 2, 1, 3) if case.page_size is None else (2, 0, 1, 3)
+        return a.transpose(axes)
+
+    copies = [
+        dataclasses.replace(x, key=heads_first(x.key), value=heads_first(x.value)) for x in sets
+    ]
+    runners = []
+    for k_splits in PALLAS_SPLITS:
+        try:
+            runners.append(prepare_jax(pallas, case, device, copies, k_splits=k_splits))
+        except Exception:  # not every number divides, and not every tile fits
+            continue
+    if not runners:
+        raise NotImplementedError(f"none of {PALLAS_SPLITS} splits is possible")
+    return min(runners, key=lambda runner: min(runner.turn(device, 0)[:1]))
 
 
 def grouped_einsum(case: Case, x: Inputs) -> jax.Array:
@@ -139,7 +178,7 @@ def prepare_jax(
     """Compiles `fn(case, inputs)` and runs it once, so that it raises here or not at all."""
     step = functools.partial(fn, case, **options)
     if device.platform == "gpu":
-        runner = device_lib.jax_chain(step, sets)
+        runner = device_lib.jax_chain(step, sets, device_lib.CHAINED)
     else:
         compiled = jax.jit(step)
         runner = Runner([functools.partial(compiled, x) for x in sets], jax.block_until_ready)
@@ -167,6 +206,16 @@ def _no_cap_or_sinks(case: Case) -> str | None:
     if case.logits_soft_cap is not None:
         return "no soft cap"
     return "no sinks" if case.sinks else None
+
+
+def _pallas_missing(device: Device) -> str | None:
+    return None if device.vendor == "cuda" else "needs an NVIDIA GPU"
+
+
+def _pallas_unsupported(case: Case) -> str | None:
+    if case.query_len != 1 or case.quantized or case.needs_mask:
+        return "one query over full contexts of its own type"
+    return _no_cap_or_sinks(case)
 
 
 def _cudnn_missing(device: Device) -> str | None:
@@ -204,10 +253,23 @@ def _torch_peer(name: str, title: str, **arrangement: bool) -> Peer:
     return Peer(name, title, torch_missing, _torch_unsupported, prepare, peers_torch.output)
 
 
+def _lengths_unsupported(case: Case) -> str | None:
+    return "needs lengths" if case.needs_mask or case.page_size is not None else None
+
+
 OURS = "ours_native"
+PALLAS_SPLITS = (1, 4, 16, 64)
 
 PEERS = (
     _jax_peer(OURS, "jax_attn, native", ours, implementation="native"),
+    _jax_peer(
+        "ours_no_lengths",
+        "jax_attn, native, no lengths",
+        ours,
+        unsupported=_lengths_unsupported,
+        implementation="native",
+        lengths=False,
+    ),
     _jax_peer("ours_xla", "jax_attn, xla", ours, implementation="xla"),
     _jax_peer("jax_nn", "jax.nn, xla", jax_nn, unsupported=_no_cap_or_sinks, implementation="xla"),
     _jax_peer(
@@ -220,6 +282,14 @@ PEERS = (
     ),
     _jax_peer("xla_einsum", "XLA, grouped einsum", grouped_einsum),
     _jax_peer("xla_multiply", "XLA, grouped multiply and sum", grouped_multiply),
+    Peer(
+        "pallas",
+        "Pallas, heads first, best of 4 splits",
+        _pallas_missing,
+        _pallas_unsupported,
+        prepare_pallas,
+        _jax_output,
+    ),
     _torch_peer("torch_gqa", "PyTorch SDPA, enable_gqa", fold=False, heads_first=False),
     _torch_peer("torch_folded", "PyTorch SDPA, group in q_len", fold=True, heads_first=False),
     _torch_peer(

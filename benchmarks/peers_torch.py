@@ -2,14 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """PyTorch's scaled_dot_product_attention on the arrays of a case, shared without a copy."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from cases import Case, Inputs
-from device import Device, Runner
+from device import CHAINED, Device, Runner
 
 
 def missing(device: Device) -> str | None:
@@ -36,12 +35,10 @@ def prepare(
     once per kv head; otherwise SDPA is told of the grouping. With `heads_first`, it gets a
     copy of the cache in its own layout.
     """
-    import torch
-
     steps = [_step(case, x, mask, fold, heads_first) for x, mask in zip(sets, masks, strict=True)]
     if device.platform == "cpu":
         return Runner(steps, lambda out: None)
-    return Runner([_captured(step) for step in steps], lambda out: torch.cuda.synchronize())
+    return captured(steps)
 
 
 def output(out: Any) -> np.ndarray:
@@ -89,20 +86,26 @@ def _step(
     return torch.no_grad()(step)
 
 
-def _captured(step: Callable[[], Any]) -> Callable[[], Any]:
-    """A CUDA graph of one call, so that launching from Python is not timed."""
+def captured(steps: Sequence[Callable[[], Any]]) -> Runner:
+    """A CUDA graph of all steps in order, as a program of JAX has them; returns the first's result.
+
+    Does them again until it has done as many calls as such a program.
+    """
     import torch
 
+    rounds = -(-CHAINED // len(steps))
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        step()
+        for step in steps:
+            step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = step()
-    return functools.partial(_replay, graph, out)
+        outs = [step() for step in [*steps] * rounds]
 
+    def replay(kept: Any = steps) -> Any:
+        del kept  # what the steps read must stay where it was captured
+        graph.replay()
+        return outs[0]
 
-def _replay(graph: Any, out: Any) -> Any:
-    graph.replay()
-    return out
+    return Runner([replay], lambda out: torch.cuda.synchronize(), steps=len(outs))

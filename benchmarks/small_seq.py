@@ -39,6 +39,7 @@ class Case:
     head_dim: int
     direction: str = "forward"  # or "backward" or "both"
     num_heads: int = 16
+    num_kv_heads: int = 16
     query_len: int = 1
     dtype: str = "bfloat16"
     packed: bool = False
@@ -48,6 +49,7 @@ class Case:
         """Such as `b2048_kv8_h128_forward`."""
         parts = [f"b{self.batch}", f"kv{self.kv_len}", f"h{self.head_dim}"]
         parts += [f"n{self.num_heads}"] * (self.num_heads != 16)
+        parts += [f"k{self.num_kv_heads}"] * (self.num_kv_heads != self.num_heads)
         parts += [f"q{self.query_len}"] * (self.query_len > 1)
         parts += ["f32"] * (self.dtype == "float32") + ["packed"] * self.packed
         return "_".join([*parts, self.direction])
@@ -55,8 +57,9 @@ class Case:
     @property
     def num_bytes(self) -> int:
         """Bytes that must move: each input once, each result once."""
-        row = self.batch * self.num_heads * self.head_dim * jnp.dtype(self.dtype).itemsize
-        queries, keys = self.query_len * row, self.kv_len * row
+        head = self.batch * self.head_dim * jnp.dtype(self.dtype).itemsize
+        queries = self.query_len * self.num_heads * head
+        keys = self.kv_len * self.num_kv_heads * head
         forward, backward = 2 * queries + 2 * keys, 3 * queries + 4 * keys
         return {"forward": forward, "backward": backward, "both": forward + backward}[
             self.direction
@@ -64,7 +67,7 @@ class Case:
 
 
 DIRECTIONS = ("forward", "backward", "both")
-_TINY = Case(8, 4, 64, num_heads=4)
+_TINY = Case(8, 4, 64, num_heads=4, num_kv_heads=4)
 CASES = tuple(
     dataclasses.replace(case, direction=direction)
     for case in (
@@ -77,13 +80,17 @@ CASES = tuple(
         *(Case(2048, kv_len, 128, packed=True) for kv_len in (8, 16)),
         *(Case(2048, kv_len, 128, dtype="float32") for kv_len in (8, 16)),
         Case(2048, 8, 128, query_len=8),
+        *(Case(2048, 16, 128, query_len=16, packed=packed) for packed in (False, True)),
+        Case(4096, 4, 128, query_len=4, num_kv_heads=4),
+        Case(30720, 8, 128, num_kv_heads=2),
         _TINY,
+        dataclasses.replace(_TINY, num_kv_heads=2, query_len=3),
         dataclasses.replace(_TINY, packed=True),
     )
     for direction in DIRECTIONS
 )
 # What runs without being asked for, and in a room of this many bytes.
-DEFAULT = r"^b2048_kv(2|8|16)_h128(_f32|_packed|_q8)?_"
+DEFAULT = r"^b2048_kv(2|8|16)_h128(_f32|_packed|_q8|_q16)?_"
 MAX_BYTES = 3 << 30
 
 
@@ -91,7 +98,7 @@ MAX_BYTES = 3 << 30
 def make_inputs(case: Case, seed: int) -> tuple[jax.Array, ...]:
     """Random normal query, key, value and cotangent of the output; dense."""
     queries = (case.batch, case.query_len, case.num_heads, case.head_dim)
-    keys = (case.batch, case.kv_len, case.num_heads, case.head_dim)
+    keys = (case.batch, case.kv_len, case.num_kv_heads, case.head_dim)
     shapes = (queries, keys, keys, queries)
     random = jax.random.split(jax.random.key(seed), len(shapes))
     return tuple(
@@ -129,17 +136,20 @@ def jax_nn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
 
 def einsum(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """Two einsums."""
-    logits = jnp.einsum("btnh,bsnh->bnts", query, key, preferred_element_type=jnp.float32)
+    groups = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[3])
+    logits = jnp.einsum("btkgh,bskh->bkgts", groups, key, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(logits * query.shape[-1] ** -0.5, axis=-1).astype(value.dtype)
-    return jnp.einsum("bnts,bsnh->btnh", weights, value)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)
 
 
 def multiply(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """Products and sums, which XLA's CPU compiler vectorises better in float32."""
-    q, k, v = (x.astype(jnp.float32) for x in (query[:, :, None], key[:, None], value[:, None]))
-    logits = jnp.sum(q * k, axis=-1) * query.shape[-1] ** -0.5  # [B, T, S, N]
+    groups = query.reshape(*query.shape[:2], 1, key.shape[2], -1, query.shape[3])
+    keys, values = (x[:, None, :, :, None] for x in (key, value))  # [B, 1, S, K, 1, H]
+    q, k, v = (x.astype(jnp.float32) for x in (groups, keys, values))
+    logits = jnp.sum(q * k, axis=-1) * query.shape[-1] ** -0.5  # [B, T, S, K, N / K]
     weights = jax.nn.softmax(logits, axis=2)
-    return jnp.sum(weights[..., None] * v, axis=2).astype(query.dtype)
+    return jnp.sum(weights[..., None] * v, axis=2).astype(query.dtype).reshape(query.shape)
 
 
 JAX_PEERS: dict[str, Callable[[Case], Callable[..., jax.Array]]] = {
@@ -227,14 +237,17 @@ def torch_step(direction: str, x: Sequence[jax.Array]) -> Any:
     import torch
 
     query, key, value, dout = (torch.from_dlpack(a).transpose(1, 2) for a in x)
-    attend = torch.nn.functional.scaled_dot_product_attention
+    attend = functools.partial(
+        torch.nn.functional.scaled_dot_product_attention,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
     if direction == "forward":
         return torch.no_grad()(lambda: attend(query, key, value).transpose(1, 2))
     leaves = [a.detach().requires_grad_() for a in (query, key, value)]
 
     def both() -> Any:
         out = attend(*leaves)
-        return [a.transpose(1, 2) for a in (out, *torch.autograd.grad(out, leaves, dout))]
+        return [a.detach().transpose(1, 2) for a in (out, *torch.autograd.grad(out, leaves, dout))]
 
     return both
 
