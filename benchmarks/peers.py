@@ -86,31 +86,32 @@ def pallas(case: Case, x: Inputs, k_splits: int) -> jax.Array:
         dense = (a.swapaxes(1, 2) for a in (x.key, x.value))
         out = decode_attention.gqa(query, *dense, k_splits=k_splits)
     else:
+        # Unlike the other, this one does not scale.
+        query = (query * case.head_dim**-0.5).astype(query.dtype)
         out = paged_attention.paged_attention(
             query, x.key, x.value, x.page_table, x.kv_lengths, k_splits=k_splits
         )
     return out[:, None]
 
 
+def heads_first(case: Case, x: Inputs) -> Inputs:
+    """Copies of keys and values whose heads come before their tokens or pages."""
+    axes = (0, 2, 1, 3) if case.page_size is None else (2, 0, 1, 3)
+    return dataclasses.replace(x, key=x.key.transpose(axes), value=x.value.transpose(axes))
+
+
 def prepare_pallas(case: Case, device: Device, sets: Sequence[Inputs]) -> Runner:
     """Makes the fastest of a few numbers of splits ready, on copies with heads first."""
-
-    def heads_first(a: jax.Array) -> jax.Array:
-        axes = (0, 2, 1, 3) if case.page_size is None else (2, 0, 1, 3)
-        return a.transpose(axes)
-
-    copies = [
-        dataclasses.replace(x, key=heads_first(x.key), value=heads_first(x.value)) for x in sets
-    ]
-    runners = []
+    copies = [heads_first(case, x) for x in sets]
+    runners, reasons = [], []
     for k_splits in PALLAS_SPLITS:
         try:
             runners.append(prepare_jax(pallas, case, device, copies, k_splits=k_splits))
-        except Exception:  # not every number divides, and not every tile fits
-            continue
+        except Exception as e:  # not every number divides, and not every tile fits
+            reasons.append(f"{k_splits} splits: {type(e).__name__}: {e}")
     if not runners:
-        raise NotImplementedError(f"none of {PALLAS_SPLITS} splits is possible")
-    return min(runners, key=lambda runner: min(runner.turn(device, 0)[:1]))
+        raise NotImplementedError("; ".join(reasons))
+    return min(runners, key=lambda runner: min(runner.turn(device, 0)))
 
 
 def grouped_einsum(case: Case, x: Inputs) -> jax.Array:

@@ -2,10 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark program runs and reports what it should. No time is looked at."""
 
+import functools
+import importlib
 import json
 import pathlib
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -68,6 +71,22 @@ def test_queued_calls_give_the_same_results(run):
     for x, out in zip([*sets, sets[-1]], outs, strict=True):
         expected = run.peers.ours(case, x, "xla")
         assert run.relative_error(peer.output(out), np.asarray(expected)) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_pallas_agrees(run, monkeypatch, page_size):
+    gpu = pytest.importorskip("jax.experimental.pallas.ops.gpu")
+    for module, name in (("decode_attention", "gqa"), ("paged_attention", "paged_attention")):
+        module = importlib.import_module(f"{gpu.__name__}.{module}")
+        kernel = functools.partial(getattr(module, name), interpret=True)
+        monkeypatch.setattr(module, name, kernel)
+    case = run.cases.Case("none", "none", 2, 8, 2, 256, 64, page_size=page_size)
+    x = run.cases.make_inputs(case, 0)
+    with jax.numpy_dtype_promotion("standard"):  # the tests have a stricter one
+        out = run.peers.pallas(case, run.peers.heads_first(case, x), k_splits=4)
+    error = run.relative_error(np.asarray(out).astype(np.float32), run.peers.expected(case, x))
+    assert error <= run.tolerance(case)
 
 
 def test_fused_qkv_peers_agree(run, tmp_path):
