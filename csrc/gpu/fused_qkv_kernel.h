@@ -275,7 +275,7 @@ const void* FusedQkvKernelOf(QkvKernel kernel, int piece_size) {
     case QkvKernel::kFew:
       return piece_size == kSmall ? KernelAddress(FusedQkvFewKernel<kDType, kSmall>)
                                   : KernelAddress(FusedQkvFewKernel<kDType, kPieceSize>);
-    case QkvKernel::kFewConverting:
+    case QkvKernel::kFewOtherwise:
       return piece_size == kSmall ? KernelAddress(FusedQkvPlainKernel<kDType, kSmall, true>)
                                   : KernelAddress(FusedQkvPlainKernel<kDType, kPieceSize, true>);
     case QkvKernel::kMany:

@@ -61,7 +61,7 @@ QkvKernel KernelOf(const FusedQkvRopeCacheParams& p, const FusedQkvPlan& plan) {
   if (!IsPlain(family) || plan.block_tokens != 0) return family;
   const bool few = family == QkvKernel::kMany && p.gate == GateLayout::kNone &&
                    p.columns() * SizeOf(p.dtype) < kMaxCount && SameStrides(p.k_pages, p.v_pages);
-  return few ? QkvKernel::kFew : QkvKernel::kFewConverting;
+  return few ? QkvKernel::kFew : QkvKernel::kFewOtherwise;
 }
 
 const void* FindKernel(DType dtype, QkvKernel kernel, int piece_size) {
