@@ -24,7 +24,7 @@ inline constexpr int kBlockSlotsBytes = 20 * kMaxBlockTokens + 2048;
 enum class QkvKernel : int32_t {
   // What most models have; FamilyOf in the host code says what.
   kFew,             // few tokens, no gates, and a cache that holds heads as they are
-  kFewOtherwise,    // few tokens with any of these
+  kFewOtherwise,    // few tokens with gates, or a cache of another type, scales or unlike strides
   kMany,            // many tokens
   kManyConverting,  // the same for a cache of another type, or with scales
   // All others.
