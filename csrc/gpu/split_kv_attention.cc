@@ -131,12 +131,10 @@ std::string LaunchKernels(const SplitKvAttentionParams& params, SplitPlan plan, 
   }
   SplitWork& w = plan.work;
   const int64_t blocks = int64_t{w.num_groups} * p.num_kv_heads;
-  // Of entries that were cut, the first part is the last of a share.
-  const int64_t merged = w.cut == Cut::kShares ? w.num_groups : w.num_entries;
-  const int64_t merge_blocks = merged * p.num_kv_heads * w.rows_per_block;
+  w.num_pieces = int64_t{w.num_merges()} * p.num_kv_heads * w.rows_per_block * w.pieces.divisor();
   if (blocks == 0) return "";
   const int64_t units = int64_t{w.num_entries} * (p.kv_len / w.unit_keys + 1);
-  if (std::max({blocks, merge_blocks, units}) >= kMaxCount) {
+  if (std::max({blocks, w.num_pieces, units}) >= kMaxCount) {
     return "the problem has more than 2^31 blocks of keys or rows";
   }
   if (plan.shared_bytes > device.shared_per_block) {
@@ -163,12 +161,17 @@ std::string LaunchKernels(const SplitKvAttentionParams& params, SplitPlan plan, 
   shape.threads = static_cast<unsigned>((plan.shape.waves + streams) * device.wave_size);
   shape.shared_bytes = static_cast<size_t>(plan.shared_bytes);
   shape.cluster = static_cast<unsigned>(w.cluster);
+  shape.overlaps_previous = streams;
   Error error = Launch(kernel, shape, stream, streams ? stream_args : args);
   if (error != kSuccess) return Describe(error);
   if (!plan.merges) return "";
-  shape.blocks = static_cast<unsigned>(merge_blocks);
+  const int64_t cores = device.num_cores;
+  shape.blocks = static_cast<unsigned>(
+      std::min<int64_t>(CeilDiv(w.num_pieces * device.wave_size, kMergeThreads),
+                        streams ? cores : cores * kMergeBlocksPerCore));
   shape.threads = kMergeThreads;
   shape.shared_bytes = 0;
+  shape.cluster = 1;
   shape.overlaps_previous = true;
   error = streams ? Launch(StreamMergeKernelOf(), shape, stream, stream_args + 2)
                   : Launch(MergeKernelOf(), shape, stream, args);

@@ -103,6 +103,14 @@ struct RowState {
     Add(state[0], state[w.rows_per_block],
         reinterpret_cast<const float4*>(partial + row * v_head_dim)[column]);
   }
+
+  // Adds what the lane whose number differs by `mask` has; both lanes call it.
+  JAX_ATTN_DEVICE void AddLane(int mask) {
+    const float4 x = {ShuffleXor(sum.x, mask), ShuffleXor(sum.y, mask), ShuffleXor(sum.z, mask),
+                      ShuffleXor(sum.w, mask)};
+    const float other_top = ShuffleXor(top, mask), other_total = ShuffleXor(total, mask);
+    Add(other_top, other_total, x);
+  }
 };
 
 // What the waves of a block have found of the same rows.

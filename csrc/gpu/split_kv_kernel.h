@@ -92,7 +92,9 @@ struct SplitWork {
   Divisor groups;              // num_groups
   Divisor splits;              // max_splits
   Divisor split;               // split_size
-  Divisor rows;                // rows_per_block; block index of the merge: group and kv head, row
+  Divisor rows;                // rows_per_block
+  Divisor pieces;              // of a row, each merged by a wave: kMergeColumns times four values
+  int64_t num_pieces = 0;      // to merge: of an entry or a group, a kv head, a row
   int32_t num_rows = 0;        // of a kv head
   int32_t wave_bytes = 0;      // shared memory of a wave
   int32_t query_bytes = 0;     // shared memory of the queries
@@ -106,7 +108,17 @@ struct SplitWork {
   constexpr int64_t num_slots() const {
     return cut == Cut::kShares ? 2 * static_cast<int64_t>(num_groups) : num_groups;
   }
+
+  // Merges are counted by entries, or by the groups in which entries begin: of entries that were
+  // cut, each begins as the last one of a share.
+  constexpr bool merges_entries() const {
+    return cut != Cut::kShares || (uniform && num_entries < num_groups);
+  }
+  constexpr int num_merges() const { return merges_entries() ? num_entries : num_groups; }
 };
+
+// Lanes that merge the same part of an entry have four values each.
+inline constexpr int kMergeColumns = 8;
 
 // ---- What a block does at a time
 
@@ -264,7 +276,7 @@ constexpr int StreamOutputBytes(const KernelShape& shape) {
 }
 constexpr int StreamSharedBytes(const KernelShape& shape) {
   return StreamRingBytes(shape) + StreamOutputBytes(shape) + 2 * 4 * shape.waves * shape.rows +
-         8 * shape.waves * shape.stages;
+         8 * shape.waves * shape.stages + 2 * 8;
 }
 
 // One block fills a core; its rings hold what a core must have under way.

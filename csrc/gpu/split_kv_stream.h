@@ -29,6 +29,23 @@ JAX_ATTN_DEVICE void TouchParameters(const T& parameter, int wave) {
   asm volatile("" ::"r"(word));
 }
 
+// Brings to L2 what a block with lengths asks for first: lengths, and the page ids that it needs if
+// all contexts are full. L2 sees what the kernel before may still write.
+JAX_ATTN_DEVICE void PrefetchStart(const StreamParams& p, const SplitWork& w, int group, int step) {
+  constexpr int kLine = 128 / sizeof(int32_t);
+  const int num_batches = w.row_blocks.Divide(w.num_entries);
+  if (p.kv_lengths.data != nullptr && Lane() * kLine < num_batches) {
+    PrefetchLine(p.kv_lengths.At(p.batch, Lane() * kLine));
+  }
+  if (p.page_size == 0) return;
+  const int64_t place = int64_t{group} * w.num_entries;
+  const int entry = static_cast<int>(place / w.num_groups);
+  const int64_t rest = place - int64_t{entry} * w.num_groups;
+  const int key = static_cast<int>(rest * p.kv_len / w.num_groups) + Lane() * step;
+  if (key >= p.kv_len) return;
+  PrefetchLine(p.page_table.At(p.batch, w.row_blocks.Divide(entry)) + p.pages.Divide(key));
+}
+
 // The tile that a wave is at, in the parts of its block. Tiles begin at multiples of their keys,
 // so that none has keys of two pages.
 template <int kTileKeys, int kWaves>
@@ -47,6 +64,8 @@ class TileWalk {
   JAX_ATTN_DEVICE bool InPart() const { return key_ < keys_.end; }
   JAX_ATTN_DEVICE void NextTile() { key_ += kStep; }
 
+  // Whether the part is the last one.
+  JAX_ATTN_DEVICE bool InLastPart() const { return !parts_.More(); }
   JAX_ATTN_DEVICE bool NextPart() {
     if (!parts_.More()) return false;
     const Entry entry(p_, w_, parts_.entry());
@@ -87,6 +106,37 @@ JAX_ATTN_DEVICE const uint16_t* QueryRow(const StreamParams& p, const EntryRows&
   return static_cast<const uint16_t*>(p.query) + p.query_stride * rows.batch_index +
          RowIndex(p, kv_head, rows.first_row + row) * dim;
 }
+
+// How waves hand their results of an entry to the spare wave, which merges them while the others go
+// on with the next entry.
+class Handover {
+ public:
+  // `barriers`: two of them.
+  explicit JAX_ATTN_DEVICE Handover(uint64_t* barriers) : free_(barriers), results_(barriers + 1) {}
+
+  // By one lane; then come PublishBarriers and a barrier of the block.
+  JAX_ATTN_DEVICE void Initialize(int waves) const {
+    free_.Initialize();
+    results_.Initialize(waves);
+  }
+
+  // The spare wave has read the results of the last entry.
+  JAX_ATTN_DEVICE void Free() const { Arrive(free_); }
+  JAX_ATTN_DEVICE void WaitUntilFree() const { free_.Wait(parity_); }
+  // A wave has written its results.
+  JAX_ATTN_DEVICE void Give() const { Arrive(results_); }
+  JAX_ATTN_DEVICE void WaitForResults() const { results_.Wait(parity_); }
+  JAX_ATTN_DEVICE void NextEntry() { parity_ ^= 1; }
+
+ private:
+  static JAX_ATTN_DEVICE void Arrive(const CopyBarrier& barrier) {
+    WaveFence();
+    if (Lane() == 0) barrier.Arrive();
+  }
+
+  CopyBarrier free_, results_;
+  uint32_t parity_ = 0;
+};
 
 // The copies of a wave.
 template <int kDim, int kTileKeys, int kWaves, int kStages>
@@ -435,7 +485,6 @@ __global__ void __launch_bounds__(kStreamThreads<kDim, kRows>, 1)
   constexpr int kWaves = kShape.waves, kStages = kShape.stages, kTileKeys = kShape.tile_keys;
   extern __shared__ __align__(1024) char rings[];
   const int wave = Broadcast(WaveIndex(), 0);  // the same in all lanes, as the compiler can see
-  AllowNextKernel();  // before any copy: it waits for those that are under way
   TouchParameters(p, wave);
   TouchParameters(w, wave);
   // Keys of the call before have thrown instructions and parameters out of the caches, and each is
@@ -445,12 +494,18 @@ __global__ void __launch_bounds__(kStreamThreads<kDim, kRows>, 1)
   float* const outputs = reinterpret_cast<float*>(rings + StreamRingBytes(kShape));
   float* const tops = outputs + StreamOutputBytes(kShape) / 4;
   float* const totals = tops + kWaves * kRows;
-  uint64_t* const barriers = reinterpret_cast<uint64_t*>(totals + kWaves * kRows) + wave * kStages;
-  if (Lane() == 0 && !is_spare) {
-    PrefetchMap(k);
-    PrefetchMap(v);
+  uint64_t* const all_barriers = reinterpret_cast<uint64_t*>(totals + kWaves * kRows);
+  uint64_t* const barriers = all_barriers + wave * kStages;  // the spare wave has two as well
+  Handover handover(all_barriers + kWaves * kStages);
+  if (Lane() == 0) {
+    if (is_spare) {
+      handover.Initialize(kWaves);
+    } else {
+      PrefetchMap(k);
+      PrefetchMap(v);
 #pragma unroll
-    for (int i = 0; i < kStages; ++i) CopyBarrier(barriers + i).Initialize();
+      for (int i = 0; i < kStages; ++i) CopyBarrier(barriers + i).Initialize();
+    }
     CopyBarrier::Publish();
   }
   WaveFence();
@@ -460,10 +515,20 @@ __global__ void __launch_bounds__(kStreamThreads<kDim, kRows>, 1)
   const int block = cluster == 1 ? blockIdx.x : blockIdx.x / kMaxCluster;
   const int kv_head = w.kv_heads.Remainder(block);
   const int group = w.kv_heads.Divide(block) * cluster + rank;
+  // The kernel before may still run, and write what this one reads: all but its parameters.
+  if (!w.uniform) {
+    if (is_spare) PrefetchStart(p, w, group, kWaves * kTileKeys);
+    WaitForPreviousKernel();
+  }
   TileWalk<kTileKeys, kWaves> walk(p, w, group, wave);
+  WaitForPreviousKernel();
+  AllowNextKernel();  // before any copy: it waits for those that are under way
   TileStream<kDim, kTileKeys, kWaves, kStages> tiles(
       k, v, p, walk, kv_head, rings + wave * kStages * StreamStageBytes(kShape), barriers,
       !is_spare);
+  // With several parts, the waves need not wait for each other but in the last.
+  const bool one_part = walk.InLastPart();
+  if (!one_part) __syncthreads();  // barriers are there
   bool rehearses = is_spare;
   for (bool more = walk.more(); more;) {
     StreamCore<kT, kDim, kRows, kTileKeys> core(p, walk.rows(), kv_head);
@@ -473,15 +538,31 @@ __global__ void __launch_bounds__(kStreamThreads<kDim, kRows>, 1)
         tiles.Release();
       }
     }
-    if (!rehearses) __syncthreads();  // what the waves exchanged before has been read
+    const bool last = walk.InLastPart();
+    if (!rehearses) {  // until nobody needs what was exchanged before
+      if (one_part) {
+        __syncthreads();
+      } else if (!is_spare) {
+        handover.WaitUntilFree();
+      }
+    }
     constexpr int kRowStride = StreamOutputStride(kDim) / 4;
     const int at = is_spare ? 0 : wave * kRows;
     if (!is_spare || rehearses) core.Finish(outputs + at * kRowStride, tops + at, totals + at);
-    if (!rehearses) __syncthreads();
-    if (!is_spare || rehearses) {
+    if (!rehearses) {
+      if (last) {
+        __syncthreads();
+      } else if (is_spare) {
+        handover.WaitForResults();
+      } else {
+        handover.Give();
+      }
+    }
+    if (is_spare ? rehearses || !last : last) {
       const WaveResults results{outputs, kRows * kRowStride, kRowStride, tops, totals};
-      const BlockThreads threads{is_spare ? Lane() : static_cast<int>(threadIdx.x), kWaves * kWave,
-                                 !rehearses};
+      const bool alone = is_spare && !rehearses;
+      const BlockThreads threads{is_spare ? Lane() : static_cast<int>(threadIdx.x),
+                                 alone ? kWave : kWaves * kWave, !rehearses};
       // Blocks of a cluster leave their partial results where their tiles were.
       float* const partial = cluster == 1 ? nullptr : reinterpret_cast<float*>(rings);
       MergeWaves<kWaves, kRows>(p, w, walk.rows(), kv_head, walk.slot(), partial, results, kDim,
@@ -496,7 +577,11 @@ __global__ void __launch_bounds__(kStreamThreads<kDim, kRows>, 1)
       }
       if (!rehearses) SyncCluster();  // a block stays while others read its shared memory
     }
-    if (!rehearses) more = walk.NextPart();
+    if (is_spare && !one_part) handover.Free();
+    if (!rehearses) {
+      more = walk.NextPart();
+      handover.NextEntry();
+    }
     rehearses = false;
   }
   if (w.ends != nullptr && kv_head == 0 && threadIdx.x == 0) w.ends[group] = walk.End();

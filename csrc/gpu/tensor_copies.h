@@ -31,13 +31,14 @@ JAX_ATTN_DEVICE void PrefetchMap(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// A barrier that completes when the bytes of a round of copies have arrived.
+// A barrier that completes when the bytes of a round of copies have arrived, or when as many lanes
+// as it was initialised with have.
 class CopyBarrier {
  public:
   explicit JAX_ATTN_DEVICE CopyBarrier(const uint64_t* shared) : address_(SharedAddress(shared)) {}
 
-  JAX_ATTN_DEVICE void Initialize() const {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address_) : "memory");
+  JAX_ATTN_DEVICE void Initialize(int lanes = 1) const {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address_), "r"(lanes) : "memory");
   }
   // Makes barriers that this lane initialised known to the copying unit.
   static JAX_ATTN_DEVICE void Publish() {
@@ -47,6 +48,11 @@ class CopyBarrier {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_),
                  "r"(bytes)
                  : "memory");
+  }
+  // What the lane has written, and others of its wave before a WaveFence, is seen by those that
+  // wait.
+  JAX_ATTN_DEVICE void Arrive() const {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address_) : "memory");
   }
   // `parity`: 0 in the first round, then 1, and so on.
   JAX_ATTN_DEVICE void Wait(uint32_t parity) const {
