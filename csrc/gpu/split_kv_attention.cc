@@ -131,16 +131,17 @@ std::string LaunchKernels(const SplitKvAttentionParams& params, SplitPlan plan, 
   }
   SplitWork& w = plan.work;
   const int64_t blocks = int64_t{w.num_groups} * p.num_kv_heads;
-  w.num_pieces = int64_t{w.num_merges()} * p.num_kv_heads * w.rows_per_block * w.pieces.divisor();
+  const int64_t merge_blocks = int64_t{w.num_merges()} * p.num_kv_heads * w.rows_per_block;
   if (blocks == 0) return "";
   const int64_t units = int64_t{w.num_entries} * (p.kv_len / w.unit_keys + 1);
-  if (std::max({blocks, w.num_pieces, units}) >= kMaxCount) {
+  if (std::max({blocks, merge_blocks, units}) >= kMaxCount) {
     return "the problem has more than 2^31 blocks of keys or rows";
   }
   if (plan.shared_bytes > device.shared_per_block) {
     return "a block needs " + std::to_string(plan.shared_bytes) +
            " bytes of shared memory, this device has " + std::to_string(device.shared_per_block);
   }
+  w.allows_next = plan.merges || 2 * blocks <= device.num_cores;
   w.partials = p.workspace;
   if (plan.merges && w.cut == Cut::kShares && !w.uniform) {
     w.ends = reinterpret_cast<ShareEnd*>(p.workspace);
@@ -165,10 +166,7 @@ std::string LaunchKernels(const SplitKvAttentionParams& params, SplitPlan plan, 
   Error error = Launch(kernel, shape, stream, streams ? stream_args : args);
   if (error != kSuccess) return Describe(error);
   if (!plan.merges) return "";
-  const int64_t cores = device.num_cores;
-  shape.blocks = static_cast<unsigned>(
-      std::min<int64_t>(CeilDiv(w.num_pieces * device.wave_size, kMergeThreads),
-                        streams ? cores : cores * kMergeBlocksPerCore));
+  shape.blocks = static_cast<unsigned>(merge_blocks);
   shape.threads = kMergeThreads;
   shape.shared_bytes = 0;
   shape.cluster = 1;

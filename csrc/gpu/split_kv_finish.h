@@ -96,20 +96,19 @@ struct RowState {
     sum.w = keep * sum.w + factor * x.w;
   }
 
-  // The same from a partial result; `column` counts four values.
+  // The same from a partial result, in global memory or in shared memory; `column` counts four
+  // values.
+  template <bool kGlobal>
   JAX_ATTN_DEVICE void AddPartial(const float* partial, const SplitWork& w, int v_head_dim, int row,
                                   int column) {
-    const float* state = partial + w.rows_per_block * v_head_dim + row;
-    Add(state[0], state[w.rows_per_block],
-        reinterpret_cast<const float4*>(partial + row * v_head_dim)[column]);
-  }
-
-  // Adds what the lane whose number differs by `mask` has; both lanes call it.
-  JAX_ATTN_DEVICE void AddLane(int mask) {
-    const float4 x = {ShuffleXor(sum.x, mask), ShuffleXor(sum.y, mask), ShuffleXor(sum.z, mask),
-                      ShuffleXor(sum.w, mask)};
-    const float other_top = ShuffleXor(top, mask), other_total = ShuffleXor(total, mask);
-    Add(other_top, other_total, x);
+    const float* top = partial + w.rows_per_block * v_head_dim + row;
+    const float* total = top + w.rows_per_block;
+    const float4* values = reinterpret_cast<const float4*>(partial + row * v_head_dim) + column;
+    if constexpr (kGlobal) {
+      Add(LoadFromL2(top), LoadFromL2(total), LoadFromL2(values));
+    } else {
+      Add(*top, *total, *values);
+    }
   }
 };
 

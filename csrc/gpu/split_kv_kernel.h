@@ -69,9 +69,12 @@ struct ShareEnd {
 struct SplitWork {
   Cut cut = Cut::kShares;
   bool uniform = true;  // all entries have the same keys
-  Divisor kv_heads;     // block index: group, kv head
-  Divisor units;        // of each entry, if uniform
-  int32_t share = 0;    // of a group, in units, if uniform
+  // The next kernel may start before this one ends: a merge kernel, or where many cores are idle.
+  // Elsewhere it would get the cores that end first, and blocks should be spread over all of them.
+  bool allows_next = false;
+  Divisor kv_heads;   // block index: group, kv head
+  Divisor units;      // of each entry, if uniform
+  int32_t share = 0;  // of a group, in units, if uniform
   int32_t num_groups = 0;
   // Blocks of one kv head that follow each other in the grid, have one entry together and merge
   // what they find. 1, or kMaxCluster in stream kernels.
@@ -92,9 +95,7 @@ struct SplitWork {
   Divisor groups;              // num_groups
   Divisor splits;              // max_splits
   Divisor split;               // split_size
-  Divisor rows;                // rows_per_block
-  Divisor pieces;              // of a row, each merged by a wave: kMergeColumns times four values
-  int64_t num_pieces = 0;      // to merge: of an entry or a group, a kv head, a row
+  Divisor rows;                // rows_per_block; block index of the merge: group and kv head, row
   int32_t num_rows = 0;        // of a kv head
   int32_t wave_bytes = 0;      // shared memory of a wave
   int32_t query_bytes = 0;     // shared memory of the queries
@@ -109,16 +110,13 @@ struct SplitWork {
     return cut == Cut::kShares ? 2 * static_cast<int64_t>(num_groups) : num_groups;
   }
 
-  // Merges are counted by entries, or by the groups in which entries begin: of entries that were
-  // cut, each begins as the last one of a share.
+  // A merge kernel counts entries, or the groups in which they begin: of entries that were cut,
+  // each begins as the last one of a share.
   constexpr bool merges_entries() const {
     return cut != Cut::kShares || (uniform && num_entries < num_groups);
   }
   constexpr int num_merges() const { return merges_entries() ? num_entries : num_groups; }
 };
-
-// Lanes that merge the same part of an entry have four values each.
-inline constexpr int kMergeColumns = 8;
 
 // ---- What a block does at a time
 
@@ -276,7 +274,7 @@ constexpr int StreamOutputBytes(const KernelShape& shape) {
 }
 constexpr int StreamSharedBytes(const KernelShape& shape) {
   return StreamRingBytes(shape) + StreamOutputBytes(shape) + 2 * 4 * shape.waves * shape.rows +
-         8 * shape.waves * shape.stages + 2 * 8;
+         8 * shape.waves * shape.stages;
 }
 
 // One block fills a core; its rings hold what a core must have under way.

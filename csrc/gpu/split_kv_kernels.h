@@ -39,9 +39,7 @@ const void* StreamKernelOf(DType dtype, const KernelShape& shape);
 
 const void* MergeKernelOf();
 const void* StreamMergeKernelOf();
-inline constexpr int kMergeThreads = 256;
-// Of other kernels: merges after stream kernels have one block a core, beside those.
-inline constexpr int kMergeBlocksPerCore = 4;
+inline constexpr int kMergeThreads = 128;  // columns of head_dim 512, by four
 
 }  // namespace jax_attn::gpu
 

@@ -64,8 +64,6 @@ class TileWalk {
   JAX_ATTN_DEVICE bool InPart() const { return key_ < keys_.end; }
   JAX_ATTN_DEVICE void NextTile() { key_ += kStep; }
 
-  // Whether the part is the last one.
-  JAX_ATTN_DEVICE bool InLastPart() const { return !parts_.More(); }
   JAX_ATTN_DEVICE bool NextPart() {
     if (!parts_.More()) return false;
     const Entry entry(p_, w_, parts_.entry());
@@ -106,37 +104,6 @@ JAX_ATTN_DEVICE const uint16_t* QueryRow(const StreamParams& p, const EntryRows&
   return static_cast<const uint16_t*>(p.query) + p.query_stride * rows.batch_index +
          RowIndex(p, kv_head, rows.first_row + row) * dim;
 }
-
-// How waves hand their results of an entry to the spare wave, which merges them while the others go
-// on with the next entry.
-class Handover {
- public:
-  // `barriers`: two of them.
-  explicit JAX_ATTN_DEVICE Handover(uint64_t* barriers) : free_(barriers), results_(barriers + 1) {}
-
-  // By one lane; then come PublishBarriers and a barrier of the block.
-  JAX_ATTN_DEVICE void Initialize(int waves) const {
-    free_.Initialize();
-    results_.Initialize(waves);
-  }
-
-  // The spare wave has read the results of the last entry.
-  JAX_ATTN_DEVICE void Free() const { Arrive(free_); }
-  JAX_ATTN_DEVICE void WaitUntilFree() const { free_.Wait(parity_); }
-  // A wave has written its results.
-  JAX_ATTN_DEVICE void Give() const { Arrive(results_); }
-  JAX_ATTN_DEVICE void WaitForResults() const { results_.Wait(parity_); }
-  JAX_ATTN_DEVICE void NextEntry() { parity_ ^= 1; }
-
- private:
-  static JAX_ATTN_DEVICE void Arrive(const CopyBarrier& barrier) {
-    WaveFence();
-    if (Lane() == 0) barrier.Arrive();
-  }
-
-  CopyBarrier free_, results_;
-  uint32_t parity_ = 0;
-};
 
 // The copies of a wave.
 template <int kDim, int kTileKeys, int kWaves, int kStages>
@@ -461,7 +428,8 @@ JAX_ATTN_DEVICE void MergeCluster(const StreamParams& p, const SplitWork& w, con
     RowState state;
 #pragma unroll
     for (int block = 0; block < kMaxCluster; ++block) {
-      state.AddPartial(InBlock(threads.write ? block : rank, partial), w, v_head_dim, row, column);
+      state.AddPartial<false>(InBlock(threads.write ? block : rank, partial), w, v_head_dim, row,
+                              column);
     }
     FinishRow(p, rows.batch_index, kv_head, rows.first_row + row, column * 4, state.sum, state.top,
               state.total, 0, threads.write);
@@ -494,18 +462,12 @@ __global__ void __launch_bounds__(kStreamThreads<kDim, kRows>, 1)
   float* const outputs = reinterpret_cast<float*>(rings + StreamRingBytes(kShape));
   float* const tops = outputs + StreamOutputBytes(kShape) / 4;
   float* const totals = tops + kWaves * kRows;
-  uint64_t* const all_barriers = reinterpret_cast<uint64_t*>(totals + kWaves * kRows);
-  uint64_t* const barriers = all_barriers + wave * kStages;  // the spare wave has two as well
-  Handover handover(all_barriers + kWaves * kStages);
-  if (Lane() == 0) {
-    if (is_spare) {
-      handover.Initialize(kWaves);
-    } else {
-      PrefetchMap(k);
-      PrefetchMap(v);
+  uint64_t* const barriers = reinterpret_cast<uint64_t*>(totals + kWaves * kRows) + wave * kStages;
+  if (Lane() == 0 && !is_spare) {
+    PrefetchMap(k);
+    PrefetchMap(v);
 #pragma unroll
-      for (int i = 0; i < kStages; ++i) CopyBarrier(barriers + i).Initialize();
-    }
+    for (int i = 0; i < kStages; ++i) CopyBarrier(barriers + i).Initialize();
     CopyBarrier::Publish();
   }
   WaveFence();
@@ -522,13 +484,11 @@ __global__ void __launch_bounds__(kStreamThreads<kDim, kRows>, 1)
   }
   TileWalk<kTileKeys, kWaves> walk(p, w, group, wave);
   WaitForPreviousKernel();
-  AllowNextKernel();  // before any copy: it waits for those that are under way
+  // Before any copy: it waits for those that are under way.
+  if (w.allows_next) AllowNextKernel();
   TileStream<kDim, kTileKeys, kWaves, kStages> tiles(
       k, v, p, walk, kv_head, rings + wave * kStages * StreamStageBytes(kShape), barriers,
       !is_spare);
-  // With several parts, the waves need not wait for each other but in the last.
-  const bool one_part = walk.InLastPart();
-  if (!one_part) __syncthreads();  // barriers are there
   bool rehearses = is_spare;
   for (bool more = walk.more(); more;) {
     StreamCore<kT, kDim, kRows, kTileKeys> core(p, walk.rows(), kv_head);
@@ -538,31 +498,15 @@ __global__ void __launch_bounds__(kStreamThreads<kDim, kRows>, 1)
         tiles.Release();
       }
     }
-    const bool last = walk.InLastPart();
-    if (!rehearses) {  // until nobody needs what was exchanged before
-      if (one_part) {
-        __syncthreads();
-      } else if (!is_spare) {
-        handover.WaitUntilFree();
-      }
-    }
+    if (!rehearses) __syncthreads();  // what the waves exchanged before has been read
     constexpr int kRowStride = StreamOutputStride(kDim) / 4;
     const int at = is_spare ? 0 : wave * kRows;
     if (!is_spare || rehearses) core.Finish(outputs + at * kRowStride, tops + at, totals + at);
-    if (!rehearses) {
-      if (last) {
-        __syncthreads();
-      } else if (is_spare) {
-        handover.WaitForResults();
-      } else {
-        handover.Give();
-      }
-    }
-    if (is_spare ? rehearses || !last : last) {
+    if (!rehearses) __syncthreads();
+    if (!is_spare || rehearses) {
       const WaveResults results{outputs, kRows * kRowStride, kRowStride, tops, totals};
-      const bool alone = is_spare && !rehearses;
-      const BlockThreads threads{is_spare ? Lane() : static_cast<int>(threadIdx.x),
-                                 alone ? kWave : kWaves * kWave, !rehearses};
+      const BlockThreads threads{is_spare ? Lane() : static_cast<int>(threadIdx.x), kWaves * kWave,
+                                 !rehearses};
       // Blocks of a cluster leave their partial results where their tiles were.
       float* const partial = cluster == 1 ? nullptr : reinterpret_cast<float*>(rings);
       MergeWaves<kWaves, kRows>(p, w, walk.rows(), kv_head, walk.slot(), partial, results, kDim,
@@ -577,11 +521,7 @@ __global__ void __launch_bounds__(kStreamThreads<kDim, kRows>, 1)
       }
       if (!rehearses) SyncCluster();  // a block stays while others read its shared memory
     }
-    if (is_spare && !one_part) handover.Free();
-    if (!rehearses) {
-      more = walk.NextPart();
-      handover.NextEntry();
-    }
+    if (!rehearses) more = walk.NextPart();
     rehearses = false;
   }
   if (w.ends != nullptr && kv_head == 0 && threadIdx.x == 0) w.ends[group] = walk.End();

@@ -215,7 +215,6 @@ class Parts {
     }
   }
 
-  // Whether there is a part after the one that Next went to, or any before it was called.
   JAX_ATTN_DEVICE bool More() const { return place_.units > 0; }
   JAX_ATTN_DEVICE int entry() const { return place_.entry; }
   JAX_ATTN_DEVICE int group() const { return group_; }

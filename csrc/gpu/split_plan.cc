@@ -240,7 +240,6 @@ SplitPlan PlanSplits(const SplitKvAttentionParams& p, std::string_view variant,
   w.kv_heads = Divisor(p.num_kv_heads);
   w.row_blocks = Divisor(w.num_row_blocks);
   w.rows = Divisor(w.rows_per_block);
-  w.pieces = Divisor(std::max<int64_t>(1, CeilDiv(p.v_head_dim, 4 * kMergeColumns)));
   w.unit_keys = shape.waves * shape.tile_keys;
   w.unit = Divisor(w.unit_keys);
   w.token_rows = p.head_dim == 0 ? 0 : p.key.token_stride / p.head_dim;

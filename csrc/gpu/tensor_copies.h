@@ -31,14 +31,13 @@ JAX_ATTN_DEVICE void PrefetchMap(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// A barrier that completes when the bytes of a round of copies have arrived, or when as many lanes
-// as it was initialised with have.
+// A barrier that completes when the bytes of a round of copies have arrived.
 class CopyBarrier {
  public:
   explicit JAX_ATTN_DEVICE CopyBarrier(const uint64_t* shared) : address_(SharedAddress(shared)) {}
 
-  JAX_ATTN_DEVICE void Initialize(int lanes = 1) const {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address_), "r"(lanes) : "memory");
+  JAX_ATTN_DEVICE void Initialize() const {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address_) : "memory");
   }
   // Makes barriers that this lane initialised known to the copying unit.
   static JAX_ATTN_DEVICE void Publish() {
@@ -48,11 +47,6 @@ class CopyBarrier {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_),
                  "r"(bytes)
                  : "memory");
-  }
-  // What the lane has written, and others of its wave before a WaveFence, is seen by those that
-  // wait.
-  JAX_ATTN_DEVICE void Arrive() const {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address_) : "memory");
   }
   // `parity`: 0 in the first round, then 1, and so on.
   JAX_ATTN_DEVICE void Wait(uint32_t parity) const {
@@ -88,11 +82,6 @@ JAX_ATTN_DEVICE void TensorCopy(uint32_t to, const TensorMap& map, const CopyBar
       "[%0], [%1, {%3, %4, %3, %5, %6}], [%2], %7;" ::"r"(to),
       "l"(&map), "r"(barrier.address()), "r"(0), "r"(row), "r"(head), "r"(outer), "l"(kEvictFirst)
       : "memory");
-}
-
-// Brings a line of 128 bytes to L2.
-JAX_ATTN_DEVICE void PrefetchLine(const void* line) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(line) : "memory");
 }
 
 // ---- Clusters of blocks, which such devices have too
