@@ -122,6 +122,15 @@ bool MapTokens(const SplitKvAttentionParams& p, const KernelShape& shape, TokenM
   return MapTokens(p, p.key, shape, maps.key) && MapTokens(p, p.value, shape, maps.value);
 }
 
+// Shared memory that merge blocks ask for only so that they do not all come to the few cores that
+// the stream kernel leaves idle: some of its blocks end early.
+size_t SpreadingBytes(int64_t merge_blocks, const Device& device) {
+  constexpr int64_t kCores = 16, kMaxPerCore = 16, kOwn = 4 * 1024;
+  const int64_t per_core = std::clamp<int64_t>(CeilDiv(merge_blocks, kCores), 1, kMaxPerCore);
+  return static_cast<size_t>(std::min(device.shared_per_core / per_core, device.shared_per_block) -
+                             kOwn);
+}
+
 std::string LaunchKernels(const SplitKvAttentionParams& params, SplitPlan plan, TokenMaps& maps,
                           const Device& device, Stream stream) {
   SplitKvAttentionParams p = params;
@@ -131,7 +140,15 @@ std::string LaunchKernels(const SplitKvAttentionParams& params, SplitPlan plan, 
   }
   SplitWork& w = plan.work;
   const int64_t blocks = int64_t{w.num_groups} * p.num_kv_heads;
-  const int64_t merge_blocks = int64_t{w.num_merges()} * p.num_kv_heads * w.rows_per_block;
+  // Threads of a merge block share rows, or the parts of one row if there are many.
+  const int64_t columns = std::max<int64_t>(1, p.v_head_dim / 4);
+  constexpr int kManyParts = 4;
+  w.merge_rows = plan.num_splits > kManyParts
+                     ? 1
+                     : static_cast<int32_t>(std::clamp<int64_t>(kMergeThreads / columns, 1,
+                                                                std::max(1, w.rows_per_block)));
+  w.merge_chunks = Divisor(CeilDiv(w.rows_per_block, w.merge_rows));
+  const int64_t merge_blocks = int64_t{w.num_merges()} * p.num_kv_heads * w.merge_chunks.divisor();
   if (blocks == 0) return "";
   const int64_t units = int64_t{w.num_entries} * (p.kv_len / w.unit_keys + 1);
   if (std::max({blocks, merge_blocks, units}) >= kMaxCount) {
@@ -141,7 +158,9 @@ std::string LaunchKernels(const SplitKvAttentionParams& params, SplitPlan plan, 
     return "a block needs " + std::to_string(plan.shared_bytes) +
            " bytes of shared memory, this device has " + std::to_string(device.shared_per_block);
   }
-  w.allows_next = plan.merges || 2 * blocks <= device.num_cores;
+  w.merged = plan.merges;
+  w.allows_next =
+      2 * blocks <= device.num_cores || (plan.merges && 4 * merge_blocks <= device.num_cores);
   w.partials = p.workspace;
   if (plan.merges && w.cut == Cut::kShares && !w.uniform) {
     w.ends = reinterpret_cast<ShareEnd*>(p.workspace);
@@ -168,7 +187,7 @@ std::string LaunchKernels(const SplitKvAttentionParams& params, SplitPlan plan, 
   if (!plan.merges) return "";
   shape.blocks = static_cast<unsigned>(merge_blocks);
   shape.threads = kMergeThreads;
-  shape.shared_bytes = 0;
+  shape.shared_bytes = streams ? SpreadingBytes(merge_blocks, device) : 0;
   shape.cluster = 1;
   shape.overlaps_previous = true;
   error = streams ? Launch(StreamMergeKernelOf(), shape, stream, stream_args + 2)

@@ -96,21 +96,19 @@ struct RowState {
     sum.w = keep * sum.w + factor * x.w;
   }
 
-  // The same from a partial result, in global memory or in shared memory; `column` counts four
-  // values.
-  template <bool kGlobal>
-  JAX_ATTN_DEVICE void AddPartial(const float* partial, const SplitWork& w, int v_head_dim, int row,
-                                  int column) {
-    const float* top = partial + w.rows_per_block * v_head_dim + row;
-    const float* total = top + w.rows_per_block;
-    const float4* values = reinterpret_cast<const float4*>(partial + row * v_head_dim) + column;
-    if constexpr (kGlobal) {
-      Add(LoadFromL2(top), LoadFromL2(total), LoadFromL2(values));
-    } else {
-      Add(*top, *total, *values);
-    }
-  }
+  JAX_ATTN_DEVICE void Add(const RowState& other) { Add(other.top, other.total, other.sum); }
 };
+
+// Four values of a row of a partial result; `column` counts such fours.
+JAX_ATTN_DEVICE RowState LoadPartial(const float* partial, const SplitWork& w, int v_head_dim,
+                                     int row, int column) {
+  const float* const state = partial + w.rows_per_block * v_head_dim + row;
+  RowState result;
+  result.top = state[0];
+  result.total = state[w.rows_per_block];
+  result.sum = reinterpret_cast<const float4*>(partial + row * v_head_dim)[column];
+  return result;
+}
 
 // What the waves of a block have found of the same rows.
 struct WaveResults {

@@ -69,8 +69,9 @@ struct ShareEnd {
 struct SplitWork {
   Cut cut = Cut::kShares;
   bool uniform = true;  // all entries have the same keys
-  // The next kernel may start before this one ends: a merge kernel, or where many cores are idle.
-  // Elsewhere it would get the cores that end first, and blocks should be spread over all of them.
+  bool merged = false;  // a merge kernel follows
+  // What comes after the last kernel may start before that one ends. Where cores are busy its
+  // blocks would come to the first ones that are free, and less evenly than if they had to wait.
   bool allows_next = false;
   Divisor kv_heads;   // block index: group, kv head
   Divisor units;      // of each entry, if uniform
@@ -95,7 +96,8 @@ struct SplitWork {
   Divisor groups;              // num_groups
   Divisor splits;              // max_splits
   Divisor split;               // split_size
-  Divisor rows;                // rows_per_block; block index of the merge: group and kv head, row
+  int32_t merge_rows = 1;      // of a block of the merge kernel
+  Divisor merge_chunks;        // of merge_rows; its block index: what is merged, kv head, chunk
   int32_t num_rows = 0;        // of a kv head
   int32_t wave_bytes = 0;      // shared memory of a wave
   int32_t query_bytes = 0;     // shared memory of the queries

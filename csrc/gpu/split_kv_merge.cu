@@ -1,7 +1,8 @@
 // Copyright 2026 The jax_attn Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// The merge kernels: one block for each row of an entry whose keys may have been cut.
+// The merge kernels: blocks for each kv head and a few rows of an entry whose keys may have been
+// cut.
 
 #include "split_kv_finish.h"
 #include "split_kv_kernels.h"
@@ -25,7 +26,7 @@ JAX_ATTN_DEVICE Slots SlotsOfShare(const SplitWork& w, int index, int& entry) {
   int group = index;
   ShareEnd end;
   if (!w.uniform) {
-    end = LoadFromL2(w.ends + group);
+    end = w.ends[group];
   } else {
     const int units = w.units.divisor();
     if (w.merges_entries()) {
@@ -68,51 +69,61 @@ __global__ void __launch_bounds__(kMergeThreads)
   __shared__ float tops[kMergeThreads];
   __shared__ float totals[kMergeThreads];
   __shared__ float4 sums[kMergeThreads];
-  const int row = w.rows.Remainder(blockIdx.x), rest = w.rows.Divide(blockIdx.x);
+  constexpr int kAtOnce = 4;
+  const int chunk = w.merge_chunks.Remainder(blockIdx.x);
+  const int rest = w.merge_chunks.Divide(blockIdx.x);
   const int kv_head = w.kv_heads.Remainder(rest);
   const int index = w.kv_heads.Divide(rest);  // of a group or an entry
-  constexpr int kUnrolled = 4;
   const int v_head_dim = static_cast<int>(p.v_head_dim);
-  // Threads that have the same four values take splits in turn, in an order that is fixed.
+  // Threads that have the same four values take parts in turn, in an order that is fixed.
   const int columns = v_head_dim / 4;
-  const int threads_per_split = columns < kMergeThreads ? columns : kMergeThreads;
-  const int parts = kMergeThreads / threads_per_split;
-  const int part = threadIdx.x / threads_per_split, column = threadIdx.x % threads_per_split;
-  // Before the split kernel has ended, all is done once for nothing, with whatever the workspace
-  // has: by then keys have thrown the instructions and parameters of this kernel out of the caches,
-  // and each would be a wait.
+  const int threads_per_part = min(columns * w.merge_rows, kMergeThreads);
+  const int num_lanes = kMergeThreads / threads_per_part;
+  const int lane = threadIdx.x / threads_per_part, value = threadIdx.x % threads_per_part;
+  const int row = chunk * w.merge_rows + value / columns, column = value % columns;
+  Slots slots;
+  int entry_index = 0;
+  if (w.cut != Cut::kShares) slots = SlotsOfEntry(p, w, index);
+  // Before the split kernel has ended, all is done once for nothing: by then keys have thrown the
+  // instructions and parameters of this kernel out of the caches, and each would be a wait.
   for (bool rehearsal = kOverlapsKernels;; rehearsal = false) {
     if (!rehearsal) {
       WaitForPreviousKernel();
-      AllowNextKernel();
-    }
-    int entry_index = index;
-    Slots slots =
-        w.cut == Cut::kShares ? SlotsOfShare(w, index, entry_index) : SlotsOfEntry(p, w, index);
-    if (rehearsal) {
-      slots = {kUnrolled * parts};
-      entry_index = 0;
-    } else if (slots.count <= 1) {
-      return;
+      if (w.allows_next) AllowNextKernel();
+      if (w.cut == Cut::kShares) {
+        slots = SlotsOfShare(w, index, entry_index);
+      } else {
+        entry_index = index;
+      }
+      if (slots.count <= 1) return;
     }
     const EntryRows entry(p, w, entry_index);
-    if (row >= entry.num_rows) return;  // not in the rehearsal: the first entry has all rows
+    const bool exists = row < entry.num_rows;
+    const int count = rehearsal || !exists || lane >= num_lanes ? 0 : slots.count;
     RowState state;
-    if (part < parts) {
-#pragma unroll kUnrolled
-      for (int i = part; i < slots.count; i += parts) {
-        state.AddPartial<true>(Partial(p, w, slots.At(i), kv_head), w, v_head_dim, row, column);
+    for (int i = lane; i < count; i += kAtOnce * num_lanes) {
+      RowState parts[kAtOnce];  // all are asked for before the first is waited for
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int at = i + j * num_lanes;
+        if (at < count) {
+          parts[j] = LoadPartial(Partial(p, w, slots.At(at), kv_head), w, v_head_dim, row, column);
+        }
       }
+#pragma unroll
+      for (const RowState& part : parts) state.Add(part);
     }
-    tops[threadIdx.x] = state.top;
-    totals[threadIdx.x] = state.total;
-    sums[threadIdx.x] = state.sum;
-    __syncthreads();
-    if (part == 0) {
-      for (int i = 1; i < parts; ++i) {
-        const int other = i * threads_per_split + column;
+    if (num_lanes > 1) {
+      tops[threadIdx.x] = state.top;
+      totals[threadIdx.x] = state.total;
+      sums[threadIdx.x] = state.sum;
+      __syncthreads();
+      for (int i = 1; i < num_lanes && lane == 0; ++i) {
+        const int other = i * threads_per_part + value;
         state.Add(tops[other], totals[other], sums[other]);
       }
+    }
+    if (lane == 0 && exists) {
       FinishRow(p, entry.batch_index, kv_head, entry.first_row + row, column * 4, state.sum,
                 state.top, state.total, SinksOffset(p, entry.batch_index), !rehearsal);
     }

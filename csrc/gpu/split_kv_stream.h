@@ -428,8 +428,8 @@ JAX_ATTN_DEVICE void MergeCluster(const StreamParams& p, const SplitWork& w, con
     RowState state;
 #pragma unroll
     for (int block = 0; block < kMaxCluster; ++block) {
-      state.AddPartial<false>(InBlock(threads.write ? block : rank, partial), w, v_head_dim, row,
-                              column);
+      state.Add(
+          LoadPartial(InBlock(threads.write ? block : rank, partial), w, v_head_dim, row, column));
     }
     FinishRow(p, rows.batch_index, kv_head, rows.first_row + row, column * 4, state.sum, state.top,
               state.total, 0, threads.write);
@@ -485,7 +485,7 @@ __global__ void __launch_bounds__(kStreamThreads<kDim, kRows>, 1)
   TileWalk<kTileKeys, kWaves> walk(p, w, group, wave);
   WaitForPreviousKernel();
   // Before any copy: it waits for those that are under way.
-  if (w.allows_next) AllowNextKernel();
+  if (w.merged || w.allows_next) AllowNextKernel();
   TileStream<kDim, kTileKeys, kWaves, kStages> tiles(
       k, v, p, walk, kv_head, rings + wave * kStages * StreamStageBytes(kShape), barriers,
       !is_spare);

@@ -239,7 +239,6 @@ SplitPlan PlanSplits(const SplitKvAttentionParams& p, std::string_view variant,
   w.num_rows = static_cast<int32_t>(rows);
   w.kv_heads = Divisor(p.num_kv_heads);
   w.row_blocks = Divisor(w.num_row_blocks);
-  w.rows = Divisor(w.rows_per_block);
   w.unit_keys = shape.waves * shape.tile_keys;
   w.unit = Divisor(w.unit_keys);
   w.token_rows = p.head_dim == 0 ? 0 : p.key.token_stride / p.head_dim;

@@ -162,8 +162,6 @@ struct LaunchShape {
   // The kernel may start before the previous one of the stream ends, and waits for it by itself
   // (WaitForPreviousKernel). Where the device cannot do that it starts afterwards.
   bool overlaps_previous = false;
-  // Blocks fit into what those of the previous kernel leave of a core, shared memory included.
-  bool beside_previous = false;
   unsigned cluster = 1;  // blocks that run at the same time and see each other's shared memory
 };
 
@@ -184,15 +182,6 @@ inline Error Launch(const void* kernel, const LaunchShape& shape, Stream stream,
   if (shape.shared_bytes > 32 * 1024) {
     const Error error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              static_cast<int>(shape.shared_bytes));
-    if (error != kSuccess) {
-      ClearLastError();
-      return error;
-    }
-  }
-  if (shape.beside_previous) {
-    // Cores would have to give up shared memory first.
-    const Error error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                             cudaSharedmemCarveoutMaxShared);
     if (error != kSuccess) {
       ClearLastError();
       return error;

@@ -8,7 +8,6 @@
 #define JAX_ATTN_CSRC_GPU_WAVE_H_
 
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 
 #include "vendor.h"
@@ -259,21 +258,6 @@ JAX_ATTN_DEVICE void WaitForPreviousKernel() {
 JAX_ATTN_DEVICE void PrefetchLine(const void* line) {
 #if JAX_ATTN_NVIDIA
   asm volatile("prefetch.global.L2 [%0];" ::"l"(line) : "memory");
-#endif
-}
-
-// What L2 has, also if it was read before another kernel wrote it. `T` has 4 or 16 bytes.
-template <typename T>
-JAX_ATTN_DEVICE T LoadFromL2(const T* from) {
-#if JAX_ATTN_NVIDIA
-  using Word = std::conditional_t<sizeof(T) == 16, int4, int>;
-  static_assert(sizeof(T) == sizeof(Word));
-  const Word word = __ldcg(reinterpret_cast<const Word*>(from));
-  T value;
-  memcpy(&value, &word, sizeof(T));
-  return value;
-#else
-  return *from;
 #endif
 }
 
