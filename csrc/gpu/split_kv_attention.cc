@@ -125,7 +125,7 @@ bool MapTokens(const SplitKvAttentionParams& p, const KernelShape& shape, TokenM
 // Shared memory that merge blocks ask for only so that they do not all come to the few cores that
 // the stream kernel leaves idle: some of its blocks end early.
 size_t SpreadingBytes(int64_t merge_blocks, const Device& device) {
-  constexpr int64_t kCores = 16, kMaxPerCore = 16, kOwn = 4 * 1024;
+  constexpr int64_t kCores = 32, kMaxPerCore = 16, kOwn = 4 * 1024;
   const int64_t per_core = std::clamp<int64_t>(CeilDiv(merge_blocks, kCores), 1, kMaxPerCore);
   return static_cast<size_t>(std::min(device.shared_per_core / per_core, device.shared_per_block) -
                              kOwn);
