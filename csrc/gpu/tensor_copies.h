@@ -84,6 +84,11 @@ JAX_ATTN_DEVICE void TensorCopy(uint32_t to, const TensorMap& map, const CopyBar
       : "memory");
 }
 
+// Brings a line of 128 bytes to L2.
+JAX_ATTN_DEVICE void PrefetchLine(const void* line) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(line) : "memory");
+}
+
 // ---- Clusters of blocks, which such devices have too
 
 JAX_ATTN_DEVICE int RankInCluster() {

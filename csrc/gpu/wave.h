@@ -254,13 +254,6 @@ JAX_ATTN_DEVICE void WaitForPreviousKernel() {
 #endif
 }
 
-// Brings a line of 128 bytes to L2, where that can be asked for.
-JAX_ATTN_DEVICE void PrefetchLine(const void* line) {
-#if JAX_ATTN_NVIDIA
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(line) : "memory");
-#endif
-}
-
 // ---- Copies from global to shared memory that run while lanes compute
 //
 // Copies are begun in batches. On NVIDIA they go straight to shared memory, and several batches are
