@@ -216,6 +216,38 @@ def test_captured_and_replayed(size):
     np.testing.assert_array_equal(np.asarray(one[1][0]), expected[1])
 
 
+@pytest.mark.parametrize("batch", [1, 3, 16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_calls_that_follow_each_other(batch, head_dim, ragged):
+    # With nothing between them each starts before the one ends whose results it reads.
+    rng = np.random.default_rng(batch)
+    x = support.dense(
+        rng,
+        batch=batch,
+        num_q_heads=8,
+        head_dim=head_dim,
+        kv_len=3000,
+        dtype="bfloat16",
+        lengths=rng.integers(1, 3001, batch) if ragged else None,
+    )
+    arrays = {name: jnp.asarray(array) for name, array in x.arrays.items()}
+    query = arrays.pop("query")
+    attend = functools.partial(jax_attn.split_kv_attention, implementation="native", **arrays)
+
+    def repeat(query, times):
+        for _ in range(times):
+            query = attend(query)
+        return query
+
+    one = query
+    for _ in range(8):
+        one = jax.jit(functools.partial(repeat, times=1))(one).block_until_ready()
+    eight = jax.jit(functools.partial(repeat, times=8))
+    for _ in range(3):
+        np.testing.assert_array_equal(np.asarray(eight(query)), np.asarray(one))
+
+
 def test_same_bits_again():
     x = fuzz_test.random_problem(7)
     first = x.run("native")
