@@ -111,7 +111,9 @@ __global__ void __launch_bounds__(kMergeThreads)
         }
       }
 #pragma unroll
-      for (const RowState& part : parts) state.Add(part);
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (i + j * num_lanes < count) state.Add(parts[j]);
+      }
     }
     if (num_lanes > 1) {
       tops[threadIdx.x] = state.top;
