@@ -12,7 +12,7 @@ import triton.language as tl
 from device import Runner
 
 # Elements of float32 that a program does at a time, how often, and with how many warps.
-_TILES = ((4096, 1, 4), (4096, 4, 4), (8192, 4, 8), (8192, 16, 8))
+_TILES = ((512, 1, 4), (4096, 1, 4), (4096, 4, 4), (8192, 4, 8), (8192, 16, 8))
 
 
 @triton.jit
@@ -31,18 +31,18 @@ def _copy(x: tl.tensor, out: tl.tensor, tile: tl.constexpr, count: tl.constexpr)
         tl.store(out + first + i * tile, tl.load(x + first + i * tile))
 
 
-def readers(num_elements: int, num_sets: int) -> dict[str, Runner]:
+def readers(num_elements: int, num_sets: int, num_calls: int) -> dict[str, Runner]:
     """Returns passes that read so many float32 elements, in whole tiles, by name."""
-    return _runners("triton read", _read, num_elements, num_sets, writes_all=False)
+    return _runners("triton read", _read, num_elements, num_sets, num_calls, writes_all=False)
 
 
-def copiers(num_elements: int, num_sets: int) -> dict[str, Runner]:
+def copiers(num_elements: int, num_sets: int, num_calls: int) -> dict[str, Runner]:
     """Returns passes that read and write so many float32 elements, by name."""
-    return _runners("triton copy", _copy, num_elements, num_sets, writes_all=True)
+    return _runners("triton copy", _copy, num_elements, num_sets, num_calls, writes_all=True)
 
 
 def _runners(
-    name: str, kernel: Any, num_elements: int, num_sets: int, writes_all: bool
+    name: str, kernel: Any, num_elements: int, num_sets: int, num_calls: int, writes_all: bool
 ) -> dict[str, Runner]:
     sets = [torch.ones(num_elements, device="cuda") for _ in range(num_sets)]
     found = {}
@@ -55,7 +55,7 @@ def _runners(
             _step(kernel, x, torch.empty(size, device="cuda"), programs, tile, count, warps)
             for x in sets
         ]
-        found[f"{name} {count} x {tile}"] = peers_torch.captured(steps)
+        found[f"{name} {count} x {tile}"] = peers_torch.captured(steps, num_calls)
     return found
 
 

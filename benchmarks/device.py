@@ -26,6 +26,9 @@ _GPU_CACHE_BYTES = {"rocm": 256 << 20, "cuda": 64 << 20}
 _MAX_SETS = 256
 _MAX_SET_BYTES = 3 << 29
 
+# Bytes that one program moves on a GPU, and its fewest and most calls: starting it hardly counts.
+_PROGRAM_BYTES, _PROGRAM_CALLS = 8 << 30, (4, 128)
+
 
 @dataclasses.dataclass(frozen=True)
 class Device:
@@ -64,7 +67,7 @@ class Device:
     @property
     def sample_seconds(self) -> float:
         """Time that one sample should take at least: calls shorter than this are averaged."""
-        return 2e-4 if self.platform == "cpu" else 2e-2
+        return 2e-4 if self.platform == "cpu" else 1e-2
 
     @property
     def waits_each_call(self) -> bool:
@@ -102,13 +105,20 @@ class Runner:
         if not self._batch:
             first = self._sample(device, 1)
             self._batch = max(1, int(np.ceil(device.sample_seconds / first)))
-        elif first > seconds:
+        elif first > seconds and device.waits_each_call:
             return [first / self.steps]  # too long for waking threads to matter
         samples = []
         end = time.perf_counter() + seconds
         while not samples or time.perf_counter() < end:
-            samples.append(self._sample(device, self._batch) / self._batch / self.steps)
+            samples.append(self._seconds_per_call(device) / self.steps)
         return samples
+
+    def _seconds_per_call(self, device: Device) -> float:
+        if device.waits_each_call:
+            return self._sample(device, self._batch) / self._batch
+        # Waking up at the end of a queue takes up to a millisecond, of any queue.
+        short = self._sample(device, self._batch)
+        return (self._sample(device, 3 * self._batch) - short) / (2 * self._batch)
 
     def _sample(self, device: Device, num_calls: int) -> float:
         start = time.perf_counter()
@@ -147,16 +157,16 @@ def readers(device: Device, num_bytes: int, num_sets: int) -> dict[str, Runner]:
     size = max(1, num_bytes // 4)
     found: dict[str, Runner] = {}
     sets = [jnp.ones((size,), jnp.float32) for _ in range(num_sets)]
-    total = jax.jit(jnp.sum)
-    calls = [lambda x=x: total(x) for x in sets]
     if device.platform == "gpu":
-        found["jnp.sum"] = jax_chain(total, sets, CHAINED)
+        num_calls = calls_in_program(num_bytes)
+        found["jnp.mean"] = _scaled_chain(lambda x, scale: jnp.mean(x * scale), sets, num_calls)
         if _has_triton():
             import ceilings_triton
 
-            found |= ceilings_triton.readers(size, num_sets)
+            found |= ceilings_triton.readers(size, num_sets, num_calls)
     else:
-        found["jnp.sum"] = Runner(calls, jax.block_until_ready)
+        total = jax.jit(jnp.sum)
+        found["jnp.sum"] = Runner([lambda x=x: total(x) for x in sets], jax.block_until_ready)
         views = [np.asarray(x) for x in sets]
         found["numpy.max, threads"] = Runner([_threaded_max(x, device) for x in views], _ready)
         if importlib.util.find_spec("torch"):
@@ -171,14 +181,15 @@ def copiers(device: Device, num_bytes: int, num_sets: int) -> dict[str, Runner]:
     """Returns passes that read half of `num_bytes` and write the other half, by name."""
     size = max(1, num_bytes // 8)
     sets = [jnp.ones((size,), jnp.float32) for _ in range(num_sets)]
-    double = jax.jit(lambda x: 2 * x)
     if device.platform == "gpu":
-        found = {"2 * x": jax_chain(double, sets)}
+        num_calls = calls_in_program(num_bytes)
+        found = {"scale * x": _scaled_chain(lambda x, scale: scale * x, sets, num_calls)}
         if _has_triton():
             import ceilings_triton
 
-            found |= ceilings_triton.copiers(size, num_sets)
+            found |= ceilings_triton.copiers(size, num_sets, num_calls)
         return found
+    double = jax.jit(lambda x: 2 * x)
     found = {"2 * x": Runner([lambda x=x: double(x) for x in sets], jax.block_until_ready)}
     views = [np.asarray(x) for x in sets]
     copies = [np.ones_like(x) for x in views]
@@ -206,27 +217,51 @@ def native_read_bandwidth(device: Device, num_bytes: int) -> float | None:
     return None if read_bandwidth is None else float(read_bandwidth(num_bytes))
 
 
-# Calls of one program on a GPU, so that starting it is a small part of what is timed.
-CHAINED = 32
+def calls_in_program(num_bytes: int) -> int:
+    """Calls of one program on a GPU, of so many bytes each."""
+    fewest, most = _PROGRAM_CALLS
+    return min(max(_PROGRAM_BYTES // num_bytes, fewest), most)
 
 
-def jax_chain(fn: Callable[[Any], jax.Array], sets: Sequence[Any], at_least: int = 1) -> Runner:
-    """One compiled program that does all sets in order, so that dispatch is not timed.
+def jax_chain(
+    fn: Callable[[Any], Any], sets: Sequence[Any], feed: Callable[[Any, Any], Any], num_calls: int
+) -> Runner:
+    """One compiled program of `num_calls` or more, so that starting programs is not timed.
 
-    Does them again until it has done `at_least` calls. Returns the results of the first round.
+    The calls take the input sets in turn, and `feed(x, out)` puts the result of a call into the
+    inputs of the next: calls of equal inputs XLA does only once. Returns the results of the first
+    call and the last. The next program uses their memory again, since XLA records its command
+    buffers again for other addresses.
     """
-    rounds = -(-at_least // len(sets))
+    rounds = -(-num_calls // len(sets))
 
-    def run(sets: Sequence[Any]) -> list[jax.Array]:
-        outs: list[jax.Array] = []
-        for x in [*sets] * rounds:
-            if outs:
-                x, outs[-1] = jax.lax.optimization_barrier((x, outs[-1]))
-            outs.append(fn(x))
-        return outs[: len(sets)] + outs[len(sets) :][-1:]
+    def run(old: Any, sets: Sequence[Any]) -> Any:
+        del old
+        first = out = fn(sets[0])
+        for x in ([*sets] * rounds)[1:]:
+            # Or XLA would find only the part of a result that is asked for.
+            out = fn(feed(x, jax.lax.optimization_barrier(out)))
+        return first, out
 
-    compiled = jax.jit(run)
-    return Runner([lambda: compiled(sets)], jax.block_until_ready, steps=len(sets) * rounds)
+    compiled = jax.jit(run, donate_argnums=0, keep_unused=True)
+    shapes = [jax.eval_shape(fn, sets[0])] * 2
+    old = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tuple(shapes))
+
+    def call() -> Any:
+        nonlocal old
+        old = compiled(old, sets)
+        return old
+
+    return Runner([call], jax.block_until_ready, steps=len(sets) * rounds)
+
+
+def _scaled_chain(
+    fn: Callable[..., jax.Array], sets: Sequence[jax.Array], num_calls: int
+) -> Runner:
+    """The chain of `fn(x, scale)`, where each result gives the next scale, of ones always one."""
+    one = jnp.ones((), jnp.float32)
+    feed = lambda x, out: (x[0], out.ravel()[0])  # noqa: E731
+    return jax_chain(lambda x: fn(*x), [(x, one) for x in sets], feed, num_calls)
 
 
 _POOL = concurrent.futures.ThreadPoolExecutor()

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Problems of the fused QKV pass, and its implementations.
 
-As in a model's scan over layers, the pass is a step of a loop on the device that carries the cache
-of all layers and the results: what is timed allocates nothing and copies no cache.
+As in a model's scan over layers, the pass is a step of a loop that carries the cache of all layers
+and the results: what is timed allocates nothing and copies no cache.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import fused_qkv_torch
 import jax
 import jax.numpy as jnp
 import numpy as np
-from device import Device, Runner
+from device import Device, Runner, calls_in_program
 from jax import lax
 from peers import OURS, Peer, torch_missing
 
@@ -73,9 +73,10 @@ class Case:
         cache = NUM_LAYERS * layer * jnp.dtype(self.stored_dtype).itemsize
         return cache + 2 * self.tokens * self.columns * jnp.dtype(self.dtype).itemsize
 
-    @property
-    def num_steps(self) -> int:
-        """Steps of a loop, so that starting it is not timed."""
+    def num_steps(self, device: Device) -> int:
+        """Steps of a program, so that starting it is not timed."""
+        if device.platform == "gpu":
+            return calls_in_program(self.num_bytes)
         return max(NUM_LAYERS, min(64, 4096 // self.tokens))
 
     @property
@@ -174,15 +175,19 @@ def _as_one(result: jax_attn.FusedQKV) -> np.ndarray:
 
 
 def prepare_jax(case: Case, device: Device, sets: Sequence[Inputs], implementation: Any) -> Runner:
-    """Compiles a loop of steps; its cache and results are donated from call to call."""
-    del device
+    """Compiles a loop of steps; its cache and results are donated from call to call.
+
+    On a GPU the loop is unrolled: XLA replays its steps as one command buffer.
+    """
+    unroll = device.platform == "gpu"
+    num_steps = case.num_steps(device)
     step = functools.partial(ours, case, implementation=implementation)
 
     def run(carry: jax_attn.FusedQKV, x: Inputs) -> jax_attn.FusedQKV:
         def one(i: jax.Array, carry: jax_attn.FusedQKV) -> jax_attn.FusedQKV:
             return step(x, carry.cache, (i + 1) % NUM_LAYERS)
 
-        return lax.fori_loop(0, case.num_steps, one, carry)
+        return lax.fori_loop(0, num_steps, one, carry, unroll=unroll)
 
     compiled = jax.jit(run, donate_argnums=0)
     empty = jax.eval_shape(lambda x: step(x, make_cache(case), 0), sets[0])
@@ -195,7 +200,7 @@ def prepare_jax(case: Case, device: Device, sets: Sequence[Inputs], implementati
         return carry
 
     call()
-    return Runner([call], jax.block_until_ready, steps=case.num_steps)
+    return Runner([call], jax.block_until_ready, steps=num_steps)
 
 
 def _jax_peer(name: str, title: str, implementation: Any) -> Peer:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from cases import Case, Inputs
-from device import CHAINED, Device, Runner
+from device import Device, Runner, calls_in_program
 
 
 def missing(device: Device) -> str | None:
@@ -38,7 +38,7 @@ def prepare(
     steps = [_step(case, x, mask, fold, heads_first) for x, mask in zip(sets, masks, strict=True)]
     if device.platform == "cpu":
         return Runner(steps, lambda out: None)
-    return captured(steps)
+    return captured(steps, calls_in_program(case.num_bytes))
 
 
 def output(out: Any) -> np.ndarray:
@@ -86,14 +86,14 @@ def _step(
     return torch.no_grad()(step)
 
 
-def captured(steps: Sequence[Callable[[], Any]]) -> Runner:
+def captured(steps: Sequence[Callable[[], Any]], num_calls: int) -> Runner:
     """A CUDA graph of all steps in order, as a program of JAX has them; returns the first's result.
 
-    Does them again until it has done as many calls as such a program.
+    Does them again until it has done `num_calls` of them.
     """
     import torch
 
-    rounds = -(-CHAINED // len(steps))
+    rounds = -(-num_calls // len(steps))
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         for step in steps:

@@ -32,8 +32,8 @@ import plot
 # float32 sums in another order (GPU matrix units round float32 inputs further).
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 2e-3}
 
-# An implementation's share of a case: this many turns of so many seconds.
-TURNS, TURN_SECONDS = 10, 0.15
+# An implementation's share of a case: this many turns of so many seconds. A GPU's are one sample.
+TURNS, TURN_SECONDS = 10, {"cpu": 0.15, "gpu": 0.02}
 QUICK_TURNS, QUICK_TURN_SECONDS = 3, 0.01
 QUICK_MAX_BYTES = 150 << 20
 
@@ -110,9 +110,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows = measure(operation, case, chosen, device, arguments.quick)
             print_case(case, rows)
             results += rows
-    report = {"header": header | {"quick": arguments.quick, "missing": missing}, "results": results}
-    if arguments.json:
-        pathlib.Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
+            if arguments.json:  # after each case, so that a run that is cut short leaves something
+                report = {
+                    "header": header | {"quick": arguments.quick, "missing": missing},
+                    "results": results,
+                }
+                pathlib.Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
     if arguments.plot:
         plot.draw(header, results, arguments.plot)
     return int(any(row["status"] in ("wrong", "failed") for row in results))
@@ -161,9 +164,9 @@ def measure(
                 row["status"] = "timed"
             else:
                 row |= {"status": "wrong", "reason": f"relative error {error:.1e}"}
-    turns, seconds = (QUICK_TURNS, QUICK_TURN_SECONDS) if quick else (TURNS, TURN_SECONDS)
+    num_turns, seconds = turns(device, quick)
     ceilings = operation.ceilings(device, case.num_bytes, num_sets)
-    samples = device_lib.take_turns(runners | ceilings, device, turns, seconds)
+    samples = device_lib.take_turns(runners | ceilings, device, num_turns, seconds)
 
     rates = {name: case.num_bytes / float(np.median(samples[name])) for name in ceilings}
     native = device_lib.native_read_bandwidth(device, case.num_bytes)
@@ -176,6 +179,13 @@ def measure(
             row |= statistics(samples[row["peer"]], case.num_bytes, rates[fastest], ours)
             row["ceiling_by"] = fastest
     return rows
+
+
+def turns(device: device_lib.Device, quick: bool) -> tuple[int, float]:
+    """An implementation's turns, and the seconds of each."""
+    if quick:
+        return QUICK_TURNS, QUICK_TURN_SECONDS
+    return TURNS, TURN_SECONDS[device.platform]
 
 
 def tolerance(case: Any) -> float:

@@ -24,6 +24,7 @@ import device as device_lib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peers_torch
 import run
 from device import Device, Runner
 
@@ -202,34 +203,11 @@ def jax_steps(
     return [functools.partial(call, x) for x in given]
 
 
-def jax_chain(
-    fn: Callable[..., jax.Array], direction: str, sets: Sequence[Sequence[jax.Array]]
-) -> Callable[[], Any]:
-    """One compiled program that does a step on each input set in order, for GPUs.
-
-    Calls of single steps would time how fast Python can launch small ones.
-    """
-    step, given = step_of(fn, direction, sets)
-
-    def run(old: Any, given: Any) -> list[Any]:
-        del old  # its memory is used again
-        found: list[Any] = []
-        for x in given:
-            if found:
-                x, found[-1] = jax.lax.optimization_barrier((x, found[-1]))
-            found.append(step(*x))
-        return found
-
-    shapes = [jax.eval_shape(step, *given[0])] * len(given)
-    old = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-    compiled = jax.jit(run, donate_argnums=0, keep_unused=True)
-
-    def call() -> Any:
-        nonlocal old
-        old = compiled(old, given)
-        return old
-
-    return call
+def feed(at: int, x: Sequence[Any], results: Sequence[jax.Array]) -> tuple[Any, ...]:
+    """The arguments `x` of a step with the first result of another in place `at`."""
+    arguments = [*x]
+    arguments[at] = results[0]
+    return tuple(arguments)
 
 
 def torch_step(direction: str, x: Sequence[jax.Array]) -> Any:
@@ -259,12 +237,20 @@ def prepare(peer: str, case: Case, sets: Sequence[Any], device: Device) -> Runne
             raise NotImplementedError("package torch is not installed")
         if case.direction == "backward":
             raise NotImplementedError("its graph cannot be used twice")
-        return Runner([torch_step(case.direction, x) for x in sets], lambda out: None)
+        steps = [torch_step(case.direction, x) for x in sets]
+        if device.platform == "gpu":
+            return peers_torch.captured(steps, device_lib.calls_in_program(case.num_bytes))
+        return Runner(steps, lambda out: None)
     if case.packed and not peer.startswith("ours"):
         raise NotImplementedError("no packed sequences")
     if device.platform == "gpu":
-        chain = jax_chain(JAX_PEERS[peer](case), case.direction, sets)
-        return Runner([chain], jax.block_until_ready, steps=len(sets))
+        step, given = step_of(JAX_PEERS[peer](case), case.direction, sets)
+        # The query comes first forward, the cotangent of the output last; they are of one shape.
+        at = 0 if case.direction == "forward" else -1
+        num_calls = device_lib.calls_in_program(case.num_bytes)
+        return device_lib.jax_chain(
+            lambda x: step(*x), given, functools.partial(feed, at), num_calls
+        )
     steps = jax_steps(JAX_PEERS[peer](case), case.direction, sets)
     return Runner(steps, jax.block_until_ready)
 
@@ -273,9 +259,7 @@ def results_of(out: Any) -> list[np.ndarray]:
     """Arrays in float32, whichever library made them."""
     arrays = out if isinstance(out, list | tuple) else [out]
     return [
-        np.asarray(a.float() if hasattr(a, "numpy") and not isinstance(a, jax.Array) else a).astype(
-            np.float32
-        )
+        np.asarray(a).astype(np.float32) if isinstance(a, jax.Array) else a.float().cpu().numpy()
         for a in arrays
     ]
 
@@ -308,7 +292,7 @@ def measure(case: Case, peers: Sequence[str], device: Device, quick: bool) -> li
             row |= {"status": "wrong", "reason": f"relative error {row['error']:.1e}"}
             continue
         runners[peer], row["status"] = runner, "timed"
-    turns, seconds = (3, 0.01) if quick else (run.TURNS, run.TURN_SECONDS)
+    turns, seconds = run.turns(device, quick)
     passes = device_lib.readers if case.direction == "forward" else device_lib.copiers
     ceilings = passes(device, case.num_bytes, num_sets)
     samples = device_lib.take_turns(runners | ceilings, device, turns, seconds)
