@@ -24,7 +24,7 @@ _ISA_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "amx_bf16", "asim
 _GPU_CACHE_BYTES = {"rocm": 256 << 20, "cuda": 64 << 20}
 
 _MAX_SETS = 256
-_MAX_SET_BYTES = 3 << 29
+_MAX_SET_BYTES = {"cpu": 3 << 29, "gpu": 4 << 30}
 
 # Bytes that one program moves on a GPU, and its fewest and most calls: starting it hardly counts.
 _PROGRAM_BYTES, _PROGRAM_CALLS = 8 << 30, (4, 128)
@@ -56,7 +56,9 @@ class Device:
     def num_sets(self, num_bytes: int, allocated_bytes: int) -> int:
         """Input sets whose rotation leaves nothing of a set in a cache until its next turn."""
         wanted = -(-4 * self.last_level_cache // num_bytes)
-        room = max(1, _MAX_SET_BYTES // max(allocated_bytes, 1))
+        if self.platform == "gpu":  # whose caches may keep a part of what they have no room for
+            wanted = max(2, wanted)
+        room = max(1, _MAX_SET_BYTES[self.platform] // max(allocated_bytes, 1))
         return max(1, min(wanted, room, _MAX_SETS))
 
     @property
