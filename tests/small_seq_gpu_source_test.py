@@ -10,6 +10,7 @@ import support
 from gpu_source_test import architecture  # noqa: F401
 from small_seq_gpu_test import (  # noqa: F401 - collected here too
     test_gradients_of_logits_beyond_float16,
+    test_heads_of_a_tile_keep_apart,
     test_numbers,
     test_packed_arrays_without_tokens,
     test_packed_edges,
@@ -60,7 +61,7 @@ def test_every_team(native, dtype, head_dim):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("head_dim", [24, 128, 200, 512])
 def test_tiles(native, dtype, head_dim):
-    for sizes in ((2, 1, 3), (3, 5, 11), (12, 2, 16)):
+    for sizes in ((2, 1, 2), (2, 1, 3), (3, 5, 11), (12, 2, 16)):
         tile_problem(sizes, dtype, head_dim).check("native")
 
 

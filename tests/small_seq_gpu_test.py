@@ -173,6 +173,8 @@ def test_many_queries(native, dtype, head_dim):
 
 # What chooses between kernels on matrix instructions: queries, query heads of a kv head, keys.
 TILES = [(2, 1, 3), (5, 1, 8), (1, 8, 8), (4, 4, 4), (9, 1, 7), (16, 1, 16), (3, 5, 11), (6, 3, 16)]
+# Those of which several heads share a tile.
+FEW = [(2, 1, 2), (1, 2, 1), (2, 1, 3), (1, 4, 4), (2, 2, 1)]
 
 
 def tile_problem(sizes, dtype, head_dim, **options):
@@ -196,7 +198,7 @@ def tile_problem(sizes, dtype, head_dim, **options):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("head_dim", [8, 64, 80, 128, 200, 512])
 def test_tiles(native, dtype, head_dim):
-    for sizes in TILES:
+    for sizes in TILES + FEW:
         v_head_dim = head_dim - 8 if sizes[0] == 5 and head_dim > 8 else head_dim
         x = tile_problem(sizes, dtype, head_dim, v_head_dim=v_head_dim)
         found, again = x.check("native"), x.run("native")
@@ -204,7 +206,7 @@ def test_tiles(native, dtype, head_dim):
             np.testing.assert_array_equal(again[name].view(np.uint8), array.view(np.uint8), name)
 
 
-@pytest.mark.parametrize("sizes", [(4, 4, 4), (16, 1, 16), (12, 2, 9)])
+@pytest.mark.parametrize("sizes", [(2, 1, 2), (2, 2, 3), (4, 4, 4), (16, 1, 16), (12, 2, 9)])
 @pytest.mark.parametrize(
     "options",
     [
@@ -218,7 +220,37 @@ def test_tiles_with_options(native, sizes, options):
     tile_problem(sizes, "bfloat16", 64, **options).check("native")
 
 
-@pytest.mark.parametrize("sizes", [(2, 1, 3), (16, 1, 16), (12, 2, 9)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("sizes", [(2, 1, 2), (1, 4, 4)])
+def test_heads_of_a_tile_keep_apart(native, sizes, dtype):
+    # What is beside the squares of the heads has weight 0, by which NaN is not to be multiplied;
+    # and numbers of 16 bits are brought near 1 for each head by itself.
+    query_len, group, kv_len = sizes
+    x = cases.dense(
+        np.random.default_rng(0),
+        batch=5,
+        query_len=query_len,
+        num_q_heads=3 * group,
+        num_kv_heads=3,
+        kv_len=kv_len,
+        head_dim=64,
+        dtype=dtype,
+    )
+    expected = x.check("native")
+    for name in ("query", "key", "value", "dout"):
+        for wrong in (np.nan, np.inf, 500.0):
+            arrays, cotangents = dict(x.arrays), dict(x.cotangents)
+            changed = cotangents if name == "dout" else arrays
+            changed[name] = changed[name].copy()
+            changed[name][2, 0, 1, 40] = wrong
+            found = cases.Problem(arrays, x.options, cotangents).run("native")
+            for result, array in found.items():
+                before, after = (np.delete(a, 2, axis=0) for a in (expected[result], array))
+                np.testing.assert_array_equal(after, before, f"{name}, {wrong}, {result}")
+            assert not np.array_equal(found["query"][2], expected["query"][2])
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 2), (2, 1, 3), (16, 1, 16), (12, 2, 9)])
 def test_tiles_of_packed_sequences(native, sizes):
     query_len, group, kv_len = sizes
     lengths = np.arange(40) % (query_len + 1), np.arange(40) * 7 % (kv_len + 2)
@@ -241,7 +273,7 @@ def test_tiles_of_packed_sequences(native, sizes):
 
 
 @pytest.mark.parametrize("size", [1e-3, 2e3])
-@pytest.mark.parametrize("sizes", [(16, 1, 16), (12, 2, 9)])
+@pytest.mark.parametrize("sizes", [(2, 1, 3), (16, 1, 16), (12, 2, 9)])
 def test_gradients_of_logits_beyond_float16(native, sizes, size):
     # They are factors of matrix products, and are far smaller or larger than the gradients.
     query_len, group, kv_len = sizes

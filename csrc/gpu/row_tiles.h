@@ -17,6 +17,18 @@ namespace jax_attn::gpu {
 
 inline constexpr int kMaxTileThreads = 128;  // of a block
 
+// Whether some numbers of 16 bits, two in each word, are finite: to an exponent of only ones, 1 is
+// added.
+template <DType kType, int kCount>
+JAX_ATTN_DEVICE bool AreFinite(const uint32_t (&words)[kCount]) {
+  constexpr uint32_t kExponents = kType == DType::kBFloat16 ? 0x7f807f80 : 0x7c007c00;
+  constexpr uint32_t kOnes = kType == DType::kBFloat16 ? 0x00800080 : 0x04000400;
+  uint32_t carried = 0;
+#pragma unroll
+  for (const uint32_t word : words) carried |= (word & kExponents) + kOnes;
+  return (carried & 0x80008000) == 0;
+}
+
 #if JAX_ATTN_NVIDIA
 
 inline constexpr int kMostTileWaves = 4;  // of a head
@@ -27,6 +39,9 @@ inline constexpr int kTileChunk = 32;
 inline constexpr int kPieceElements = 8;
 
 JAX_ATTN_DEVICE int RowOfSlot(int half) { return Lane() / 4 + 8 * half; }
+// Whether lanes whose numbers differ in this bit have rows of the same `rows` that follow each
+// other.
+constexpr bool ShareRows(int bit, int rows) { return bit < 4 * rows; }
 JAX_ATTN_DEVICE int TileElement(int chunk) {
   return chunk * kTileChunk + Lane() % 4 * kPieceElements;
 }
@@ -61,13 +76,35 @@ struct RowTile {
       const bool wanted = is_wanted(half);
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
-        const uint4 x = LoadIf<true>(wanted && TileElement(c) < dim, from + TileElement(c) * 2);
-        words[half][c][0] = x.x;
-        words[half][c][1] = x.y;
-        words[half][c][2] = x.z;
-        words[half][c][3] = x.w;
+        SetPiece(half, c, LoadIf<true>(wanted && TileElement(c) < dim, from + TileElement(c) * 2));
       }
     }
+  }
+
+  JAX_ATTN_DEVICE void SetPiece(int half, int c, const uint4& x) {
+    words[half][c][0] = x.x;
+    words[half][c][1] = x.y;
+    words[half][c][2] = x.z;
+    words[half][c][3] = x.w;
+  }
+
+  // Of the lane's part of a chunk.
+  JAX_ATTN_DEVICE bool IsFinite(int c) const {
+    bool finite = true;
+#pragma unroll
+    for (int half = 0; half < kSlots; ++half) finite &= AreFinite<kType>(words[half][c]);
+    return finite;
+  }
+
+  // One chunk, zeros in lanes that do not want it.
+  JAX_ATTN_DEVICE RowTile<kType, kRows, kTileChunk> Chunk(int c, bool wanted) const {
+    RowTile<kType, kRows, kTileChunk> tile;
+#pragma unroll
+    for (int half = 0; half < kSlots; ++half) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) tile.words[half][0][i] = wanted ? words[half][c][i] : 0;
+    }
+    return tile;
   }
 
   uint32_t words[kSlots][kChunks][4];
@@ -196,6 +233,7 @@ inline constexpr int kPieceElements = 8;
 inline constexpr int kTileChunk = kWave == 64 ? 32 : 16;
 
 JAX_ATTN_DEVICE int RowOfSlot(int) { return Lane() % 16; }
+constexpr bool ShareRows(int bit, int rows) { return bit < rows || bit >= 16; }
 JAX_ATTN_DEVICE int TileElement(int chunk) {
   return chunk * kTileChunk + Lane() / 16 * kPieceElements;
 }
@@ -269,6 +307,15 @@ struct RowTile {
       for (int j = 0; j < kWords; ++j) a.words[j] = words[c][i * kWords + j];
     }
     return a;
+  }
+
+  JAX_ATTN_DEVICE bool IsFinite(int c) const { return AreFinite<kType>(words[c]); }
+
+  JAX_ATTN_DEVICE RowTile<kType, kRows, kTileChunk> Chunk(int c, bool wanted) const {
+    RowTile<kType, kRows, kTileChunk> tile;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) tile.words[0][i] = wanted ? words[c][i] : 0;
+    return tile;
   }
 
   uint32_t words[kChunks][4];
@@ -355,6 +402,61 @@ struct TileWeights {
 };
 
 #endif
+
+// Tiles that follow each other: the next one is on its way while a wave does one, each lane's part
+// to shared memory of its own. AMD's have no such copies: there tiles are loaded when they are
+// wanted.
+template <typename Tile, int kRoom>
+class TileStream {
+ public:
+  static constexpr int kPieces = Tile::kChunks * Tile::kSlots;
+  static constexpr int kThreads = kCopiesThroughRegisters ? 1 : kMaxTileThreads;
+  struct Shared {
+    uint4 pieces[kCopiesThroughRegisters ? 1 : kRoom][kPieces][kThreads];
+  };
+
+  JAX_ATTN_DEVICE explicit TileStream(Shared& shared) : shared_(shared) {}
+
+  // Asks for tile `i`, of which the lane's rows are as in RowTile::LoadSlots. It takes the room of
+  // tile i - kRoom.
+  template <typename Row, typename Wanted>
+  JAX_ATTN_DEVICE void Begin(int i, Row row, Wanted is_wanted, int dim) const {
+    if constexpr (!kCopiesThroughRegisters) {
+      Copies<16, 1> copies;
+#pragma unroll
+      for (int half = 0; half < Tile::kSlots; ++half) {
+        const char* const from = row(half);
+        const bool wanted = is_wanted(half);
+#pragma unroll
+        for (int c = 0; c < Tile::kChunks; ++c) {
+          copies.Begin(0, &Piece(i, half, c), from + TileElement(c) * 2,
+                       wanted && TileElement(c) < dim);
+        }
+      }
+    }
+  }
+
+  // Tile `i`, when its batch has come; the other arguments are as they were for Begin.
+  template <typename Row, typename Wanted>
+  JAX_ATTN_DEVICE void Get(int i, Row row, Wanted is_wanted, int dim, Tile& tile) const {
+    if constexpr (kCopiesThroughRegisters) {
+      tile.LoadSlots(row, is_wanted, dim);
+    } else {
+#pragma unroll
+      for (int half = 0; half < Tile::kSlots; ++half) {
+#pragma unroll
+        for (int c = 0; c < Tile::kChunks; ++c) tile.SetPiece(half, c, Piece(i, half, c));
+      }
+    }
+  }
+
+ private:
+  JAX_ATTN_DEVICE uint4& Piece(int i, int half, int c) const {
+    return shared_.pieces[i % kRoom][half * Tile::kChunks + c][threadIdx.x];
+  }
+
+  Shared& shared_;
+};
 
 // Stores `factor` times the lane's elements of chunk `c` of a row that begins at `row`, rounded
 // once.

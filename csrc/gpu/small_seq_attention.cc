@@ -19,6 +19,9 @@ constexpr int64_t kMaxWeightBytes = 40 * 1024;
 // Heads of a packed array that a team takes before its block looks where the next sequences are.
 constexpr int64_t kHeadsPerTile = 4;
 
+// Blocks that share the heads of a tile of a packed array, at most.
+constexpr int64_t kMostBlocksPerTile = 4;
+
 // Sequences of a packed array that blocks may look at several times as often as there is room for.
 constexpr int64_t kFewSequences = 1 << 14;
 
@@ -63,9 +66,12 @@ struct Kernel {
   const void* address = nullptr;
   int lanes = 0;  // that do a head; or
   int waves = 0;
+  int heads = 1;  // that a team has together
   int blocks_per_core = 0;
   bool is_vector = false;
   bool any_rows = false;  // of the vector kernels
+  // Packed: blocks share the heads of a tile. That is slower with 16 rows and 8 keys.
+  bool shares_tiles = false;
 };
 
 // Null where there is none: one row needs no matrix, and more keys than a tile has need several.
@@ -83,12 +89,18 @@ Kernel MatrixKernel(const SmallSeqProblem& p, bool backward) {
   tiles.parts = 1;
   while (tiles.parts * tiles.dim < dim) tiles.parts *= 2;
   tiles.packed = p.packed();
+  if (tiles.parts == 1 && rows <= 4 && p.max_kv_len <= 4) {
+    tiles.rows = tiles.keys = kSmallestTile;
+    tiles.heads = kSmallestTile / (rows <= 2 && p.max_kv_len <= 2 ? 2 : 4);
+  }
   if (p.dtype == DType::kBFloat16) {
     kernel.address = FindMatrixKernel<DType::kBFloat16>(tiles, backward);
   } else if (p.dtype == DType::kFloat16) {
     kernel.address = FindMatrixKernel<DType::kFloat16>(tiles, backward);
   }
   kernel.waves = tiles.parts;
+  kernel.heads = tiles.heads;
+  kernel.shares_tiles = tiles.rows == tiles.keys && !tiles.many_rows;
   kernel.blocks_per_core = BlocksPerCore(tiles, backward);
   return kernel;
 }
@@ -134,8 +146,9 @@ std::string LaunchFor(const Params& p, bool backward, std::string_view variant,
 
   LaunchShape launch;
   launch.threads = kMaxThreads;
-  const int64_t teams =
-      launch.threads / (kernel.waves > 0 ? kernel.waves * device.wave_size : kernel.lanes);
+  const int64_t teams = launch.threads /
+                        (kernel.waves > 0 ? kernel.waves * device.wave_size : kernel.lanes) *
+                        kernel.heads;
   const int64_t heads = p.batch.count * p.num_kv_heads;
   int64_t arrays = 1;  // packed ones
   for (int d = 0; d < p.batch.num_dims - 1; ++d) arrays *= p.batch.sizes[d];
@@ -151,11 +164,23 @@ std::string LaunchFor(const Params& p, bool backward, std::string_view variant,
         std::clamp<int64_t>(kHeadsPerTile * teams / p.num_kv_heads, 1, kMostInTile));
     const int64_t tiles = CeilDiv(p.num_sequences(), w.sequences_per_tile);
     // Blocks look at all bounds. Of few sequences, that costs less than blocks that have more to do
-    // than others.
-    const int64_t rounds =
+    // than others; but kernels that share tiles have less to do at a time.
+    int64_t rounds =
         std::clamp<int64_t>(kFewSequences / std::max<int64_t>(p.num_sequences(), 1), 1, 8);
+    if (kernel.shares_tiles) rounds = backward ? 2 : 1;
     const int64_t most = CeilDiv(device.num_cores * kernel.blocks_per_core * rounds, arrays);
-    w.blocks_per_array = static_cast<int>(std::clamp<int64_t>(tiles, 1, most));
+    int64_t parts = 1;
+    if (kernel.shares_tiles || (kernel.is_vector && rounds == 1)) {
+      while (parts < kMostBlocksPerTile && p.num_kv_heads % (2 * parts) == 0 &&
+             p.num_kv_heads / (2 * parts) >= teams) {
+        parts *= 2;
+      }
+    }
+    w.blocks_per_tile = static_cast<int>(parts);
+    w.heads_per_block = static_cast<int>(p.num_kv_heads / parts);
+    w.tiles_at_once =
+        static_cast<int>(std::clamp<int64_t>(tiles, 1, std::max<int64_t>(most / parts, 1)));
+    w.blocks_per_array = w.tiles_at_once * w.blocks_per_tile;
     blocks = w.blocks_per_array * arrays;
   }
   if (blocks == 0) return "";

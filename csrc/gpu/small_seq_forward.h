@@ -209,7 +209,7 @@ __global__ void JAX_ATTN_LAUNCH_BOUNDS(
     }
   };
   const PackedSequences packed(p, w, shared);
-  ForEachHead<Team::kLanes>(p, w, packed, p.packed(), visit);
+  ForEachHead<Team::kLanes>(p, w, packed, p.packed(), 0, visit);
   if (p.packed())
     ClearUnusedRows<Team::kDType>(FreshParameter(p), packed.Fresh<SmallSeqAttentionParams>());
 }

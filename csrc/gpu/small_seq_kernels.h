@@ -22,6 +22,9 @@ inline constexpr int kOneRowKeys[] = {2, 4, 8, 12, 16};
 // Sequences of a packed array that a block looks at together, at most.
 inline constexpr int kMostInTile = 32;
 
+// Bounds that a block asks for ahead, at most.
+inline constexpr int kMostAhead = 256;
+
 // How a problem is dealt to blocks.
 struct SmallSeqWork {
   int group_size = 0;  // query heads of a kv head
@@ -30,7 +33,10 @@ struct SmallSeqWork {
   unsigned group_inverse = 0;  // 2^31 / group_size, rounded up
   int num_heads = 0;           // dense: kv heads of all sequences
   int blocks_per_array = 0;    // packed: blocks of each array
-  int sequences_per_tile = 0;  // packed: that a block takes at a time
+  int tiles_at_once = 0;       // packed: that blocks of an array take together
+  int sequences_per_tile = 0;
+  int blocks_per_tile = 1;  // packed: those that share the heads of its sequences
+  int heads_per_block = 0;  // kv heads
   // Backward, any number of rows: shared memory of a team. It has three floats for each key, and if
   // it keeps the weights of all rows, two for each key of the others.
   int padded_keys = 0;
@@ -71,6 +77,7 @@ struct SmallSeqTiles {
   int dim = 0;             // elements of a head that a wave has
   int parts = 0;           // waves that share a head
   bool many_rows = false;  // tiles of rows follow each other
+  int heads = 1;           // kv heads that share a tile: each has as many of its rows and keys
   bool packed = false;
 };
 

@@ -21,9 +21,9 @@ inline constexpr float kWeightFactor = kDType == DType::kFloat16 ? 16384.0f : 1.
 
 // The same for gradients of logits, which may be large too: a power of 2 that brings the largest to
 // about 2^14, and its reciprocal.
-template <DType kDType, typename Logits>
+template <typename Shape, typename Logits = typename Shape::Logits>
 JAX_ATTN_DEVICE float2 GradientFactor(const Logits& gradients) {
-  if constexpr (kDType == DType::kFloat16) {
+  if constexpr (Shape::kDType == DType::kFloat16) {
     float top = 0;
 #pragma unroll
     for (const auto& x : gradients.x) {
@@ -31,7 +31,9 @@ JAX_ATTN_DEVICE float2 GradientFactor(const Logits& gradients) {
       for (const float y : x) top = Max(top, fabsf(y));
     }
 #pragma unroll
-    for (int mask = 1; mask < kWave; mask *= 2) top = Max(top, ShuffleXor(top, mask));
+    for (int mask = 1; mask < kWave; mask *= 2) {
+      if (ShareRows(mask, Shape::kHeadRows)) top = Max(top, ShuffleXor(top, mask));
+    }
     const uint32_t exponent = FloatBits(top) >> 23;
     const uint32_t kept = exponent < 15 ? 15 : exponent;
     return {BitsFloat((268 - kept) << 23), BitsFloat((kept - 14) << 23)};
@@ -51,7 +53,7 @@ JAX_ATTN_DEVICE void DifferentiateLogits(const SmallSeqBackwardParams& p, const 
 #pragma unroll
   for (int i = 0; i < Logits::kOwnKeys; ++i) {
     // What is not seen is not multiplied either: it may be NaN.
-    const bool sees = Logits::Key(i) < row.end;
+    const bool sees = row.Sees(Logits::Key(i));
     float &weight = s.At(slot, i), &gradient = dp.At(slot, i);
     weight = sees && any ? Exp2((weight - lse) * kLog2OfE) : 0.0f;
     gradient = sees ? gradient : 0.0f;
@@ -60,21 +62,50 @@ JAX_ATTN_DEVICE void DifferentiateLogits(const SmallSeqBackwardParams& p, const 
   mean = Logits::SumOverKeys(mean) - dlse;
 #pragma unroll
   for (int i = 0; i < Logits::kOwnKeys; ++i) {
-    const bool sees = Logits::Key(i) < row.end;
+    const bool sees = row.Sees(Logits::Key(i));
     dp.At(slot, i) = sees ? s.At(slot, i) * (dp.At(slot, i) - mean) : 0.0f;
   }
   if (dbias != nullptr) {
 #pragma unroll
     for (int i = 0; i < Logits::kOwnKeys; ++i) {
-      if (Logits::Key(i) < p.max_kv_len) dbias[Logits::Key(i)] = dp.At(slot, i);
+      const unsigned key = static_cast<unsigned>(Logits::Key(i) - row.first_key);
+      if (key < static_cast<uint64_t>(p.max_kv_len)) dbias[key] = dp.At(slot, i);
     }
   }
   if (p.logits_soft_cap == 0) return;
 #pragma unroll
   for (int i = 0; i < Logits::kOwnKeys; ++i) {
-    const bool sees = Logits::Key(i) < row.end;
+    const bool sees = row.Sees(Logits::Key(i));
     dp.At(slot, i) = sees ? dp.At(slot, i) * slopes.At(slot, i) : 0.0f;
   }
+}
+
+// What ClearUnseen does, for the lane's head.
+template <typename Shape>
+JAX_ATTN_DEVICE void ClearUnseenOfLanes(const SmallSeqBackwardParams& p, const SmallSeqWork& w,
+                                        const Sequence& seq, int head) {
+  const int dim = static_cast<int>(p.head_dim), v_dim = static_cast<int>(p.v_head_dim);
+  const int group = w.group_size;
+  const auto is_seen = [&](int t) { return t >= seq.first_query && t < seq.end_query; };
+  ForRowsOfLane<Shape>(seq.query.room * group, [&](int i) {
+    if (is_seen(i / group)) return;
+    const int64_t row = seq.QueryRow(p, i / group, head * group + i % group);
+    ClearTileRow<Shape>(static_cast<char*>(p.dquery) + row * dim * 2, dim);
+  });
+  ForRowsOfLane<Shape>(seq.kv.room, [&](int j) {
+    if (j < seq.num_keys) return;
+    const int64_t row = seq.KeyRow(p, j, head);
+    ClearTileRow<Shape>(static_cast<char*>(p.dkey) + row * dim * 2, dim);
+    ClearTileRow<Shape>(static_cast<char*>(p.dvalue) + row * v_dim * 2, v_dim);
+  });
+  if (p.dbias == nullptr || Shape::Logits::Key(0) != 0) return;
+  const int queries = static_cast<int>(p.max_q_len), keys = static_cast<int>(p.max_kv_len);
+  ForRowsOfLane<Shape>(queries * group, [&](int i) {
+    if (is_seen(i / group)) return;
+    const int64_t query_head = int64_t{seq.batch_index} * p.num_q_heads + head * group + i % group;
+    float* const dbias = p.dbias + (query_head * queries + i / group) * keys;
+    for (int j = 0; j < keys; ++j) dbias[j] = 0;
+  });
 }
 
 // Sums over query rows, for the keys of a lane.
@@ -90,7 +121,7 @@ struct KeySums {
     const unsigned stride = static_cast<unsigned>(p.num_kv_heads) * dim * 2;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      const int j = RowOfSlot(slot);
+      const int j = Shape::RowOf(slot);
       StoreTilePiece<Shape::kDType>(first + j * stride, dim - first_element, c, j < seq.num_keys,
                                     factor, x[slot]);
     }
@@ -100,7 +131,7 @@ struct KeySums {
 };
 
 // Rows of a head, a tile at a time.
-template <typename Shape>
+template <typename Shape, bool kPacked>
 class TileGradients {
  public:
   static constexpr DType kDType = Shape::kDType;
@@ -122,18 +153,33 @@ class TileGradients {
     typename Shape::KeyTile keys, values;
     if constexpr (!Shape::kManyRows) {
       typename Shape::QueryTile queries, douts;
-      FindRows(0);
-      LoadQueries(queries);
-      keys.Load(KeyRows(p_.key, seq_.at.key, dim_), seq_.num_keys, dim_ - FirstElement());
-      LoadCotangents(douts);
-      values.Load(KeyRows(p_.value, seq_.at.value, v_dim_), seq_.num_keys, v_dim_ - FirstElement());
+      FindRows(0, rows_);
+      LoadStatistics(rows_, lse_, dlse_);
+      if constexpr (Shape::template kStreams<kPacked>) {
+        using Stream = TileStream<typename Shape::QueryTile, 1>;
+        __shared__ typename Stream::Shared query_room, dout_room;
+        const Stream query_stream(query_room), dout_stream(dout_room);
+        query_stream.Begin(0, QueryRows(rows_), WantedRows(rows_), dim_ - FirstElement());
+        dout_stream.Begin(0, CotangentRows(rows_), WantedRows(rows_), v_dim_ - FirstElement());
+        EndBatch();
+        LoadKeys(keys, p_.key, seq_.at.key, dim_);
+        LoadKeys(values, p_.value, seq_.at.value, v_dim_);
+        WaitForBatches<0>();
+        query_stream.Get(0, QueryRows(rows_), WantedRows(rows_), dim_ - FirstElement(), queries);
+        dout_stream.Get(0, CotangentRows(rows_), WantedRows(rows_), v_dim_ - FirstElement(), douts);
+      } else {
+        queries.LoadSlots(QueryRows(rows_), WantedRows(rows_), dim_ - FirstElement());
+        LoadKeys(keys, p_.key, seq_.at.key, dim_);
+        douts.LoadSlots(CotangentRows(rows_), WantedRows(rows_), v_dim_ - FirstElement());
+        LoadKeys(values, p_.value, seq_.at.value, v_dim_);
+      }
       Differentiate(queries, keys, douts, values);
       const auto of_rows = weights_.Transposed();
 #pragma unroll
       for (int c = 0; c < Shape::kChunks; ++c) {
         KeepOrder();
         KeySums<Shape> sums;
-        of_rows.Sum(douts, c, sums.x);
+        SumOfHead<Shape>(of_rows, douts, c, sums.x);
         sums.Store(p_, seq_, place_, p_.dvalue, v_dim_, c, 1 / kWeightFactor<kDType>);
       }
       const auto gradients_of_rows = gradients_.Transposed();
@@ -141,20 +187,41 @@ class TileGradients {
       for (int c = 0; c < Shape::kChunks; ++c) {
         KeepOrder();
         KeySums<Shape> sums;
-        gradients_of_rows.Sum(queries, c, sums.x);
+        SumOfHead<Shape>(gradients_of_rows, queries, c, sums.x);
         sums.Store(p_, seq_, place_, p_.dkey, dim_, c, undo_);
       }
       StoreQueryGradients(keys);
     } else {
-      keys.Load(KeyRows(p_.key, seq_.at.key, dim_), seq_.num_keys, dim_ - FirstElement());
-      values.Load(KeyRows(p_.value, seq_.at.value, v_dim_), seq_.num_keys, v_dim_ - FirstElement());
+      using Stream = TileStream<typename Shape::QueryTile, 2>;
+      __shared__ typename Stream::Shared query_room, dout_room;
+      const Stream query_stream(query_room), dout_stream(dout_room);
+      Rows next;
+      float next_lse[kSlots], next_dlse[kSlots];
+      const auto begin = [&](int tile) {
+        FindRows(tile * Shape::kRows, next);
+        query_stream.Begin(tile, QueryRows(next), WantedRows(next), dim_ - FirstElement());
+        dout_stream.Begin(tile, CotangentRows(next), WantedRows(next), v_dim_ - FirstElement());
+        EndBatch();
+        LoadStatistics(next, next_lse, next_dlse);
+      };
+      begin(0);
+      LoadKeys(keys, p_.key, seq_.at.key, dim_);
+      LoadKeys(values, p_.value, seq_.at.value, v_dim_);
       KeySums<Shape> dkeys[Shape::kChunks], dvalues[Shape::kChunks];
 #pragma unroll 1
-      for (int first = 0; first < w_.num_rows; first += Shape::kRows) {
+      for (int tile = 0; tile * Shape::kRows < w_.num_rows; ++tile) {
+#pragma unroll
+        for (int slot = 0; slot < kSlots; ++slot) {
+          rows_[slot] = next[slot];
+          lse_[slot] = next_lse[slot];
+          dlse_[slot] = next_dlse[slot];
+        }
+        begin(tile + 1);
+        WaitForBatches<1>();
         typename Shape::QueryTile queries, douts;
-        FindRows(first);
-        LoadQueries(queries);
-        LoadCotangents(douts);
+        query_stream.Get(tile, QueryRows(rows_), WantedRows(rows_), dim_ - FirstElement(), queries);
+        dout_stream.Get(tile, CotangentRows(rows_), WantedRows(rows_), v_dim_ - FirstElement(),
+                        douts);
         Differentiate(queries, keys, douts, values);
         const auto of_rows = weights_.Transposed();
         const auto gradients_of_rows = gradients_.Transposed();
@@ -172,6 +239,7 @@ class TileGradients {
         }
         StoreQueryGradients(keys);
       }
+      WaitForBatches<0>();
 #pragma unroll
       for (int c = 0; c < Shape::kChunks; ++c) {
         KeepOrder();
@@ -184,38 +252,54 @@ class TileGradients {
  private:
   JAX_ATTN_DEVICE static int FirstElement() { return Shape::Part() * Shape::kDim; }
 
-  JAX_ATTN_DEVICE void FindRows(int first) {
+  using Rows = TileRow[kSlots];
+
+  JAX_ATTN_DEVICE void FindRows(int first, Rows& rows) const {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      rows_[slot] = TileRow(p_, w_, seq_, first + RowOfSlot(slot));
-      lse_[slot] = -kInfinity;
-      dlse_[slot] = 0;
-      const int64_t index = place_.query_in + rows_[slot].at;
-      const bool wanted = rows_[slot].wanted;
-      if (wanted) lse_[slot] = p_.lse.data[seq_.at.lse + index];
-      if (wanted && p_.dlse.data != nullptr) dlse_[slot] = p_.dlse.data[seq_.at.dlse + index];
+      rows[slot] =
+          TileRow(p_, w_, seq_, first + Shape::RowOf(slot), Shape::OwnHead() * Shape::kHeadRows);
     }
   }
 
-  JAX_ATTN_DEVICE void LoadRows(typename Shape::QueryTile& tile, const TokenOperand& x,
-                                int64_t offset, int dim) const {
-    const char* const first =
-        static_cast<const char*>(x.data) + (offset + place_.query_in * dim + FirstElement()) * 2;
-    tile.LoadSlots([&](int slot) { return first + rows_[slot].at * (dim * 2); },
-                   [&](int slot) { return rows_[slot].wanted; }, dim - FirstElement());
-  }
-  JAX_ATTN_DEVICE void LoadQueries(typename Shape::QueryTile& tile) const {
-    LoadRows(tile, p_.query, seq_.at.query, dim_);
-  }
-  JAX_ATTN_DEVICE void LoadCotangents(typename Shape::QueryTile& tile) const {
-    LoadRows(tile, p_.dout, seq_.at.dout, v_dim_);
+  JAX_ATTN_DEVICE void LoadStatistics(const Rows& rows, float (&lse)[kSlots],
+                                      float (&dlse)[kSlots]) const {
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      lse[slot] = -kInfinity;
+      dlse[slot] = 0;
+      const int64_t index = place_.query_in + rows[slot].at;
+      const bool wanted = rows[slot].wanted;
+      if (wanted) lse[slot] = p_.lse.data[seq_.at.lse + index];
+      if (wanted && p_.dlse.data != nullptr) dlse[slot] = p_.dlse.data[seq_.at.dlse + index];
+    }
   }
 
-  JAX_ATTN_DEVICE auto KeyRows(const TokenOperand& x, int64_t offset, int dim) const {
+  // For RowTile::LoadSlots and TileStream.
+  JAX_ATTN_DEVICE auto RowsOf(const TokenOperand& x, int64_t offset, int dim,
+                              const Rows& rows) const {
+    const char* const first =
+        static_cast<const char*>(x.data) + (offset + place_.query_in * dim + FirstElement()) * 2;
+    return [first, dim, &rows](int slot) { return first + rows[slot].at * (dim * 2); };
+  }
+  JAX_ATTN_DEVICE auto QueryRows(const Rows& rows) const {
+    return RowsOf(p_.query, seq_.at.query, dim_, rows);
+  }
+  JAX_ATTN_DEVICE auto CotangentRows(const Rows& rows) const {
+    return RowsOf(p_.dout, seq_.at.dout, v_dim_, rows);
+  }
+  JAX_ATTN_DEVICE static auto WantedRows(const Rows& rows) {
+    return [&rows](int slot) { return rows[slot].wanted; };
+  }
+
+  JAX_ATTN_DEVICE void LoadKeys(typename Shape::KeyTile& tile, const TokenOperand& x,
+                                int64_t offset, int dim) const {
     const char* const first =
         static_cast<const char*>(x.data) + (offset + place_.key_in * dim + FirstElement()) * 2;
     const unsigned stride = static_cast<unsigned>(p_.num_kv_heads) * dim * 2;
-    return [=](int j) { return first + j * stride; };
+    tile.LoadSlots([&](int slot) { return first + Shape::RowOf(slot) * stride; },
+                   [&](int slot) { return Shape::RowOf(slot) < seq_.num_keys; },
+                   dim - FirstElement());
   }
 
   // Finds the weights of the rows and the gradients of their products.
@@ -240,7 +324,7 @@ class TileGradients {
                           slopes);
     }
     weights_ = Weights::OfKeys(both[0], kWeightFactor<kDType>);
-    const float2 factor = GradientFactor<kDType>(both[1]);
+    const float2 factor = GradientFactor<Shape>(both[1]);
     gradients_ = Weights::OfKeys(both[1], factor.x);
     undo_ = factor.y * p_.scale;
   }
@@ -252,7 +336,7 @@ class TileGradients {
     for (int c = 0; c < Shape::kChunks; ++c) {
       KeepOrder();
       float sums[kSlots][kPieceElements] = {};
-      gradients_.Sum(keys, c, sums);
+      SumOfHead<Shape>(gradients_, keys, c, sums);
 #pragma unroll
       for (int slot = 0; slot < kSlots; ++slot) {
         StoreTilePiece<kDType>(first + rows_[slot].at * (dim_ * 2), dim_ - FirstElement(), c,
@@ -287,11 +371,15 @@ __global__ void JAX_ATTN_LAUNCH_BOUNDS(kMaxThreads, BlocksPerCore(Shape::kTiles,
     const bool all_seen =
         seq.end_query - seq.first_query == seq.query.room && seq.num_keys == seq.kv.room;
     if (is_there && Shape::Part() == 0 && (!all_seen || p.dbias != nullptr)) {
-      ClearUnseen<typename Shape::Clearing>(p, w, seq, head, seq.num_keys);
+      if constexpr (Shape::kHeads > 1) {
+        ClearUnseenOfLanes<Shape>(p, w, seq, head);
+      } else {
+        ClearUnseen<typename Shape::Clearing>(p, w, seq, head, seq.num_keys);
+      }
     }
-    TileGradients<Shape>(p, w, partial, seq, head).Run();
+    TileGradients<Shape, kPacked>(p, w, partial, seq, head).Run();
   };
-  ForEachHead<Shape::kLanes>(p, w, packed, kPacked, visit);
+  ForEachHead<Shape::kLanes, Shape::kHeads>(p, w, packed, kPacked, Shape::OwnHead(), visit);
   if (kPacked)
     ClearUnusedGradients<Shape::kDType>(FreshParameter(p), packed.Fresh<SmallSeqBackwardParams>());
 }

@@ -21,7 +21,7 @@ JAX_ATTN_DEVICE float2 WeighKeys(const TileRow& row, int slot, Logits& s) {
 #pragma unroll
   for (int i = 0; i < Logits::kOwnKeys; ++i) {
     float& x = s.At(slot, i);
-    x = Logits::Key(i) < row.end ? x : -kInfinity;
+    x = row.Sees(Logits::Key(i)) ? x : -kInfinity;
     top = Max(top, x);
   }
   top = Logits::MaxOverKeys(top);
@@ -39,7 +39,21 @@ JAX_ATTN_DEVICE float2 WeighKeys(const TileRow& row, int slot, Logits& s) {
   return {Logits::SumOverKeys(total), top};
 }
 
+// Writes what rows of the lane's head have that see nothing.
 template <typename Shape>
+JAX_ATTN_DEVICE void ClearRowsOfLanes(const SmallSeqAttentionParams& p, const SmallSeqWork& w,
+                                      const Sequence& seq, int head) {
+  const int group = w.group_size, v_dim = static_cast<int>(p.v_head_dim);
+  ForRowsOfLane<Shape>(seq.query.room * group, [&](int i) {
+    const int t = i / group;
+    if (t >= seq.first_query && t < seq.end_query) return;
+    const int64_t row = seq.QueryRow(p, t, head * group + i % group);
+    ClearTileRow<Shape>(static_cast<char*>(p.out) + row * v_dim * 2, v_dim);
+    if (Shape::Logits::Key(0) == 0) p.lse[row] = -kInfinity;
+  });
+}
+
+template <typename Shape, bool kPacked>
 JAX_ATTN_DEVICE void AttendTiles(const SmallSeqAttentionParams& p, const SmallSeqWork& w,
                                  typename PartialScores<Shape, 1>::Shared& shared,
                                  const Sequence& seq, int head, bool is_there) {
@@ -49,8 +63,12 @@ JAX_ATTN_DEVICE void AttendTiles(const SmallSeqAttentionParams& p, const SmallSe
   const int own_dim = dim - first_element, own_v_dim = v_dim - first_element;
   const int count = (seq.end_query - seq.first_query) * w.group_size;
   if (is_there && Shape::Part() == 0 && seq.end_query - seq.first_query < seq.query.room) {
-    ClearRows<typename Shape::Clearing>(p, w, seq, head, 0, seq.first_query);
-    ClearRows<typename Shape::Clearing>(p, w, seq, head, seq.end_query, seq.query.room);
+    if constexpr (Shape::kHeads > 1) {
+      ClearRowsOfLanes<Shape>(p, w, seq, head);
+    } else {
+      ClearRows<typename Shape::Clearing>(p, w, seq, head, 0, seq.first_query);
+      ClearRows<typename Shape::Clearing>(p, w, seq, head, seq.end_query, seq.query.room);
+    }
   }
   const HeadPlace place(p, w, seq, head);
   typename Shape::KeyTile keys, values;
@@ -58,22 +76,31 @@ JAX_ATTN_DEVICE void AttendTiles(const SmallSeqAttentionParams& p, const SmallSe
     const char* first =
         static_cast<const char*>(x.data) + (offset + place.key_in * size + first_element) * 2;
     const unsigned stride = static_cast<unsigned>(p.num_kv_heads) * size * 2;
-    return [=](int j) { return first + j * stride; };
+    return [=](int slot) { return first + Shape::RowOf(slot) * stride; };
   };
-  keys.Load(key_rows(p.key, seq.at.key, dim), seq.num_keys, own_dim);
-  values.Load(key_rows(p.value, seq.at.value, v_dim), seq.num_keys, own_v_dim);
+  const auto is_key = [&](int slot) { return Shape::RowOf(slot) < seq.num_keys; };
+  const auto load_keys = [&] {
+    keys.LoadSlots(key_rows(p.key, seq.at.key, dim), is_key, own_dim);
+    values.LoadSlots(key_rows(p.value, seq.at.value, v_dim), is_key, own_v_dim);
+  };
 
-  const auto attend = [&](int first) {
-    TileRow rows[kSlots];
+  const char* const query = static_cast<const char*>(p.query.data) +
+                            (seq.at.query + place.query_in * dim + first_element) * 2;
+  using Rows = TileRow[kSlots];
+  const auto find = [&](int first, Rows& rows) {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      rows[slot] = TileRow(p, w, seq, first + RowOfSlot(slot));
+      rows[slot] =
+          TileRow(p, w, seq, first + Shape::RowOf(slot), Shape::OwnHead() * Shape::kHeadRows);
     }
-    typename Shape::QueryTile queries;
-    const char* const query = static_cast<const char*>(p.query.data) +
-                              (seq.at.query + place.query_in * dim + first_element) * 2;
-    queries.LoadSlots([&](int slot) { return query + rows[slot].at * (dim * 2); },
-                      [&](int slot) { return rows[slot].wanted; }, own_dim);
+  };
+  const auto begin_of = [&](const Rows& rows) {
+    return [&rows, query, dim](int slot) { return query + rows[slot].at * (dim * 2); };
+  };
+  const auto is_row = [](const Rows& rows) {
+    return [&rows](int slot) { return rows[slot].wanted; };
+  };
+  const auto attend = [&](const Rows& rows, const typename Shape::QueryTile& queries) {
     typename Shape::Logits s[1];
     s[0].Multiply(queries, keys);
     PartialScores<Shape, 1>::AddUp(shared, s);
@@ -95,7 +122,7 @@ JAX_ATTN_DEVICE void AttendTiles(const SmallSeqAttentionParams& p, const SmallSe
     for (int c = 0; c < Shape::kChunks; ++c) {
       KeepOrder();
       float sums[kSlots][kPieceElements] = {};
-      weights.Sum(values, c, sums);
+      SumOfHead<Shape>(weights, values, c, sums);
 #pragma unroll
       for (int slot = 0; slot < kSlots; ++slot) {
         StoreTilePiece<Shape::kDType>(out + rows[slot].at * (v_dim * 2), own_v_dim, c,
@@ -103,14 +130,37 @@ JAX_ATTN_DEVICE void AttendTiles(const SmallSeqAttentionParams& p, const SmallSe
       }
     }
   };
-  if constexpr (!Shape::kManyRows) {
-    attend(0);
+  Rows rows;
+  typename Shape::QueryTile queries;
+  if constexpr (!Shape::template kStreams<kPacked>) {
+    find(0, rows);
+    queries.LoadSlots(begin_of(rows), is_row(rows), own_dim);
+    load_keys();
+    attend(rows, queries);
   } else {
+    using Stream = TileStream<typename Shape::QueryTile, Shape::kManyRows ? 2 : 1>;
+    __shared__ typename Stream::Shared room;
+    const Stream stream(room);
+    const auto begin = [&](int tile) {
+      Rows next;
+      find(tile * Shape::kRows, next);
+      stream.Begin(tile, begin_of(next), is_row(next), own_dim);
+      EndBatch();
+    };
+    begin(0);
+    load_keys();
 #pragma unroll 1
-    for (int first = 0; first < w.num_rows; first += Shape::kRows) {
-      if (Shape::kParts == 1 && first >= count) break;  // waves of a head stay together
-      attend(first);
+    for (int tile = 0; tile * Shape::kRows < w.num_rows; ++tile) {
+      if (Shape::kParts == 1 && tile * Shape::kRows >= count)
+        break;  // waves of a head stay together
+      if (Shape::kManyRows) begin(tile + 1);
+      find(tile * Shape::kRows, rows);
+      WaitForBatches<Shape::kManyRows ? 1 : 0>();
+      stream.Get(tile, begin_of(rows), is_row(rows), own_dim, queries);
+      attend(rows, queries);
+      if (!Shape::kManyRows) break;
     }
+    WaitForBatches<0>();
   }
 }
 
@@ -122,9 +172,10 @@ __global__ void JAX_ATTN_LAUNCH_BOUNDS(kMaxThreads, BlocksPerCore(Shape::kTiles,
   __shared__ typename PartialScores<Shape, 1>::Shared partial;
   const PackedSequences packed(p, w, shared);
   const auto visit = [&](const SmallSeqAttentionParams& p, const SmallSeqWork& w,
-                         const Sequence& seq, int head,
-                         bool is_there) { AttendTiles<Shape>(p, w, partial, seq, head, is_there); };
-  ForEachHead<Shape::kLanes>(p, w, packed, kPacked, visit);
+                         const Sequence& seq, int head, bool is_there) {
+    AttendTiles<Shape, kPacked>(p, w, partial, seq, head, is_there);
+  };
+  ForEachHead<Shape::kLanes, Shape::kHeads>(p, w, packed, kPacked, Shape::OwnHead(), visit);
   if (kPacked)
     ClearUnusedRows<Shape::kDType>(FreshParameter(p), packed.Fresh<SmallSeqAttentionParams>());
 }

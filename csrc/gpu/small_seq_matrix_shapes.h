@@ -21,6 +21,20 @@ const void* SmallSeqMatrixKernelOfShape(const SmallSeqTiles& tiles) {
 template <typename Kernels, DType kDType, int kDim, int kParts>
 const void* SmallSeqMatrixKernelOfHead(const SmallSeqTiles& tiles) {
   if (tiles.dim != kDim || tiles.parts != kParts || tiles.many_rows) return nullptr;
+  if (tiles.heads > 1) {
+    if constexpr (kParts == 1) {
+      constexpr int kTile = kSmallestTile;
+      if (tiles.heads == kTile / 2) {
+        return SmallSeqMatrixKernelOfShape<
+            Kernels, TileShape<kDType, kTile, kTile, kDim, 1, false, kTile / 2>>(tiles);
+      }
+      if (tiles.heads == kTile / 4) {
+        return SmallSeqMatrixKernelOfShape<
+            Kernels, TileShape<kDType, kTile, kTile, kDim, 1, false, kTile / 4>>(tiles);
+      }
+    }
+    return nullptr;
+  }
   if (tiles.rows == 8 && tiles.keys == 8) {
     return SmallSeqMatrixKernelOfShape<Kernels, TileShape<kDType, 8, 8, kDim, kParts>>(tiles);
   }

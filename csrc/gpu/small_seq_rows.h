@@ -89,11 +89,13 @@ JAX_ATTN_DEVICE float LogSumExp(float top, float total) {
 // Calls visit(p, w, sequence, kv head, whether there is one) for each head of the block's
 // sequences. All threads of a block call it as often, and `visit` may exchange values between them.
 // `is_packed`: as the problem is; kernels that know it need fewer registers.
-template <int kLanes, typename Params, typename Visit>
+// `own`: which of the kHeads heads of its team the lane has.
+template <int kLanes, int kHeads = 1, typename Params, typename Visit>
 JAX_ATTN_DEVICE void ForEachHead(const Params& p, const SmallSeqWork& w,
-                                 const PackedSequences& packed, bool is_packed, Visit visit) {
-  const int team = FreshOfLane(static_cast<int>(threadIdx.x)) / kLanes;
-  const int teams = static_cast<int>(blockDim.x) / kLanes;
+                                 const PackedSequences& packed, bool is_packed, int own,
+                                 Visit visit) {
+  const int team = FreshOfLane(static_cast<int>(threadIdx.x)) / kLanes * kHeads + own;
+  const int teams = static_cast<int>(blockDim.x) / kLanes * kHeads;
   int tile = -1, first = 0, count = 0;
   if (!is_packed) {
     first = static_cast<int>(blockIdx.x) * teams;  // a team has one head
@@ -101,15 +103,20 @@ JAX_ATTN_DEVICE void ForEachHead(const Params& p, const SmallSeqWork& w,
   }
   for (;;) {
     const Params& fresh_p = FreshParameter(p);
-    const unsigned heads = static_cast<unsigned>(fresh_p.num_kv_heads);
+    const unsigned heads =
+        static_cast<unsigned>(is_packed ? w.heads_per_block : fresh_p.num_kv_heads);
     if (is_packed && first >= count) {
+      const PackedSequences fresh = packed.template Fresh<Params>();
       first = 0;
-      count = packed.template Fresh<Params>().FindTile(++tile) * static_cast<int>(heads);
+      count = fresh.FindTile(++tile) * static_cast<int>(heads);
+      if (count > 0) fresh.AskForTile(tile + 1);
     }
     if (first >= count) return;
     const bool is_there = first + team < count;
     const unsigned item = static_cast<unsigned>(is_there ? first + team : first);
-    const int index = static_cast<int>(item / heads), head = static_cast<int>(item % heads);
+    const int index = static_cast<int>(item / heads);
+    int head = static_cast<int>(item % heads);
+    if (is_packed) head += packed.template Fresh<Params>().FirstHead();
     Sequence seq = is_packed ? packed.template Fresh<Params>().At(fresh_p, tile, index)
                              : DenseSequence(fresh_p, index);
     if (!is_there) seq.num_keys = seq.first_query = seq.end_query = 0;

@@ -131,6 +131,7 @@ JAX_ATTN_DEVICE Sequence DenseSequence(const Params& p, unsigned index) {
 class PackedSequences {
  public:
   struct Side {
+    int32_t ahead[kCopiesThroughRegisters ? 1 : kMostAhead];  // bounds for the next tile
     int starts[kMostInTile + 1];  // of the sequences of a tile, and of the next one
     int maxima[kMaxThreads / 32];
     int first;  // of the array
@@ -152,21 +153,42 @@ class PackedSequences {
   // Tile `i` of the block: finds its sequences, and returns how many there are. To be called for
   // tiles in order; 0 after the last, when the bounds behind it have been looked at too.
   JAX_ATTN_DEVICE int FindTile(int i) const {
-    const int count = static_cast<int>(p_.num_sequences());
-    const int first = FirstOf(i), in_tile = w_.sequences_per_tile;
-    // Bounds up to that one are known.
-    const int known = i == 0 ? -1 : Least(FirstOf(i - 1) + in_tile, count);
-    const int last = Least(first, count);
-    __syncthreads();  // nobody looks at the tile before any more
-    LookAtBounds(known, last);
-    __syncthreads();
-    const int size = Least(in_tile, count - last);
-    if (WaveIndex() == 0) {
-      Fill(p_.query_cu_seqlens, p_.query_tokens, i == 0, last, size, shared_.query);
+    const Stretch s = StretchOf(i);
+    const int32_t* query_bounds = Bounds(p_.query_cu_seqlens);
+    const int32_t* kv_bounds = Bounds(p_.kv_cu_seqlens);
+    if (s.ahead) {
+      WaitForBatches<0>();
+      query_bounds = shared_.query.ahead - s.known - 1;
+      kv_bounds = shared_.kv.ahead - s.known - 1;
     }
-    if (WaveIndex() == 1) Fill(p_.kv_cu_seqlens, p_.kv_tokens, i == 0, last, size, shared_.kv);
+    __syncthreads();  // nobody looks at the tile before any more
+    LookAtBounds(query_bounds, kv_bounds, s.known, s.last);
     __syncthreads();
-    return size;
+    if (WaveIndex() == 0) Fill(query_bounds, p_.query_tokens, i == 0, s, shared_.query);
+    if (WaveIndex() == 1) Fill(kv_bounds, p_.kv_tokens, i == 0, s, shared_.kv);
+    __syncthreads();
+    return s.size;
+  }
+
+  // Asks for the bounds that FindTile(i) looks at, when the tile before has been found: they come
+  // while that is done.
+  JAX_ATTN_DEVICE void AskForTile(int i) const {
+    const Stretch s = StretchOf(i);
+    if (!s.ahead) return;
+    const int32_t* const query_bounds = Bounds(p_.query_cu_seqlens) + s.known + 1;
+    const int32_t* const kv_bounds = Bounds(p_.kv_cu_seqlens) + s.known + 1;
+    Copies<4, 1> copies;
+    for (int j = static_cast<int>(threadIdx.x); j < s.last + s.size - s.known;
+         j += static_cast<int>(blockDim.x)) {
+      copies.Begin(0, shared_.query.ahead + j, query_bounds + j, true);
+      copies.Begin(0, shared_.kv.ahead + j, kv_bounds + j, true);
+    }
+    EndBatch();
+  }
+
+  // The first of the kv heads that the block has of its sequences.
+  JAX_ATTN_DEVICE int FirstHead() const {
+    return Block() % w_.blocks_per_tile * w_.heads_per_block;
   }
 
   // Sequence `i` of a tile.
@@ -205,10 +227,29 @@ class PackedSequences {
     return static_cast<int>(blockIdx.x % static_cast<unsigned>(w_.blocks_per_array));
   }
   JAX_ATTN_DEVICE int FirstOf(int tile) const {
-    return (tile * w_.blocks_per_array + Block()) * w_.sequences_per_tile;
+    return (tile * w_.tiles_at_once + Block() / w_.blocks_per_tile) * w_.sequences_per_tile;
   }
   JAX_ATTN_DEVICE static int Least(int a, int b) { return a < b ? a : b; }
   JAX_ATTN_DEVICE static int Most(int a, int b) { return a > b ? a : b; }
+
+  // What FindTile looks at: the bounds after `known` up to `last`, where the tile begins, and those
+  // of its sequences.
+  struct Stretch {
+    int known;
+    int last;
+    int size;
+    bool ahead;  // AskForTile asks for it
+  };
+
+  JAX_ATTN_DEVICE Stretch StretchOf(int i) const {
+    const int count = static_cast<int>(p_.num_sequences()), in_tile = w_.sequences_per_tile;
+    Stretch s;
+    s.known = i == 0 ? -1 : Least(FirstOf(i - 1) + in_tile, count);
+    s.last = Least(FirstOf(i), count);
+    s.size = Least(in_tile, count - s.last);
+    s.ahead = !kCopiesThroughRegisters && i > 0 && s.last + s.size - s.known <= kMostAhead;
+    return s;
+  }
 
   JAX_ATTN_DEVICE const int32_t* Bounds(const Operand<int32_t>& bounds) const {
     int64_t offset = 0;
@@ -223,11 +264,10 @@ class PackedSequences {
   }
 
   // Leaves the largest of the bounds after `known`, up to `last`, of each wave.
-  JAX_ATTN_DEVICE void LookAtBounds(int known, int last) const {
+  JAX_ATTN_DEVICE void LookAtBounds(const int32_t* query_bounds, const int32_t* kv_bounds,
+                                    int known, int last) const {
     constexpr int kAtOnce = 4;  // of each side, on their way
     const int threads = static_cast<int>(blockDim.x);
-    const int32_t* const query_bounds = Bounds(p_.query_cu_seqlens);
-    const int32_t* const kv_bounds = Bounds(p_.kv_cu_seqlens);
     int query_most = 0, kv_most = 0;
 #pragma unroll 1
     for (int first = known + 1 + static_cast<int>(threadIdx.x); first <= last;
@@ -256,16 +296,16 @@ class PackedSequences {
   }
 
   // One wave: the running maximum of the bounds of a tile.
-  JAX_ATTN_DEVICE void Fill(const Operand<int32_t>& operand, int64_t tokens, bool is_first,
-                            int first, int size, Side& side) const {
-    const int32_t* const bounds = Bounds(operand);
+  JAX_ATTN_DEVICE void Fill(const int32_t* bounds, int64_t tokens, bool is_first, const Stretch& s,
+                            Side& side) const {
+    const int size = s.size;
     int start = is_first ? 0 : side.end;
 #pragma unroll 1
     for (int i = 0; i < static_cast<int>(blockDim.x) / kWave; ++i) {
       start = Most(start, side.maxima[i]);
     }
     const int lane = Lane();
-    int most = lane < size ? Most(start, Clip(bounds[first + 1 + lane], tokens)) : start;
+    int most = lane < size ? Most(start, Clip(bounds[s.last + 1 + lane], tokens)) : start;
 #pragma unroll
     for (int distance = 1; distance < kMostInTile; distance *= 2) {
       most = Most(most, ShuffleUp(most, distance));

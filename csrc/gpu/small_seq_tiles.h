@@ -15,7 +15,8 @@
 namespace jax_attn::gpu {
 
 // What SmallSeqTiles says.
-template <DType kType, int kRowCount, int kKeyCount, int kElements, int kWaves, bool kMany = false>
+template <DType kType, int kRowCount, int kKeyCount, int kElements, int kWaves, bool kMany = false,
+          int kHeadCount = 1>
 struct TileShape {
   static constexpr DType kDType = kType;
   static constexpr int kRows = kRowCount, kKeys = kKeyCount, kDim = kElements, kParts = kWaves;
@@ -24,7 +25,16 @@ struct TileShape {
   static_assert(kMaxThreads == kMaxTileThreads && kTeams > 0);
   static constexpr int kChunks = kDim / kTileChunk;
   static constexpr bool kManyRows = kMany;
-  static constexpr SmallSeqTiles kTiles{kRows, kKeys, kDim, kParts, kMany};
+  static constexpr int kHeads = kHeadCount;
+  // Whether query rows come through shared memory: those of the next tile, or where what a block
+  // knows of its sequences leaves too few registers for all loads to begin at once.
+  template <bool kPacked>
+  static constexpr bool kStreams = kMany || (kPacked && kRows == 16 && kKeys == 16 && kHeads == 1);
+  static constexpr SmallSeqTiles kTiles{kRows, kKeys, kDim, kParts, kMany, kHeads};
+  // Of several heads, the rows and the keys of one are a square of the scores; what is beside the
+  // squares is masked. The two slots of a lane would be those of two heads.
+  static constexpr int kHeadRows = kRows / kHeads;
+  static_assert(kHeads == 1 || (kRows == kSmallestTile && kKeys == kRows && kParts == 1));
   using Logits = Scores<kRows, kKeys>;
   using QueryTile = RowTile<kType, kRows, kDim>;
   using KeyTile = RowTile<kType, kKeys, kDim>;
@@ -32,6 +42,11 @@ struct TileShape {
   using Clearing = Team<kType, 32, kParts * kDim <= 256 ? 1 : kParts * kDim / 256>;
 
   JAX_ATTN_DEVICE static int Part() { return kParts == 1 ? 0 : WaveIndex() % kParts; }
+  // Which of the heads the lane's rows and keys are of, and which of its rows they are.
+  JAX_ATTN_DEVICE static int OwnHead() { return kHeads == 1 ? 0 : RowOfSlot(0) / kHeadRows; }
+  JAX_ATTN_DEVICE static int RowOf(int slot) {
+    return kHeads == 1 ? RowOfSlot(slot) : RowOfSlot(slot) % kHeadRows;
+  }
 };
 
 // Where a head's query rows and keys begin in operands and in results: heads of tokens in front of
@@ -51,8 +66,8 @@ struct HeadPlace {
 struct TileRow {
   TileRow() = default;
   JAX_ATTN_DEVICE TileRow(const SmallSeqProblem& p, const SmallSeqWork& w, const Sequence& seq,
-                          int row)
-      : wanted(row < (seq.end_query - seq.first_query) * w.group_size) {
+                          int row, int first_key = 0)
+      : first_key(first_key), wanted(row < (seq.end_query - seq.first_query) * w.group_size) {
     const int from_first =
         static_cast<int>(static_cast<uint64_t>(static_cast<unsigned>(row)) * w.group_inverse >> 31);
     t = seq.first_query + from_first;
@@ -61,6 +76,12 @@ struct TileRow {
     end = wanted ? seq.VisibleKeys(p, t) : 0;
   }
 
+  // Of the keys of the tile, that of a head from `first_key` on.
+  JAX_ATTN_DEVICE bool Sees(int key) const {
+    return static_cast<unsigned>(key - first_key) < static_cast<unsigned>(end);
+  }
+
+  int first_key = 0;
   bool wanted = false;
   int t = 0;        // its query
   int member = 0;   // of the group
@@ -134,8 +155,46 @@ JAX_ATTN_DEVICE void MakeLogits(const SmallSeqProblem& p, const Sequence& seq, i
     const int key = Logits::Key(i);
     const int64_t at = seq.at.bias + (int64_t{first_head} + row.member) * p.bias.head_stride +
                        row.t * p.bias.query_stride;
-    if (key < row.end) x += LoadElement(p.bias.data, p.bias.dtype, at + key);
+    if (row.Sees(key)) x += LoadElement(p.bias.data, p.bias.dtype, at + key - row.first_key);
   });
+}
+
+// Sums of chunk `c` of a tile's rows, or keys. What is not finite stays in its own head, though the
+// others have it with weight 0.
+template <typename Shape, typename Weights, typename Tile, int kSlots>
+JAX_ATTN_DEVICE void SumOfHead(const Weights& weights, const Tile& tile, int c,
+                               float (&sums)[kSlots][kPieceElements]) {
+  if constexpr (Shape::kHeads > 1) {
+    if (Any(!tile.IsFinite(c))) {
+#pragma unroll 1
+      for (int h = 0; h < Shape::kHeads; ++h) {
+        float x[kSlots][kPieceElements] = {};
+        weights.Sum(tile.Chunk(c, h == Shape::OwnHead()), 0, x);
+        if (h != Shape::OwnHead()) continue;
+#pragma unroll
+        for (int e = 0; e < kPieceElements; ++e) sums[0][e] = x[0][e];
+      }
+      return;
+    }
+  }
+  weights.Sum(tile, c, sums);
+}
+
+// Calls visit(row) for a lane's share of `count` rows of a head.
+template <typename Shape, typename Visit>
+JAX_ATTN_DEVICE void ForRowsOfLane(int count, Visit visit) {
+#pragma unroll 1
+  for (int row = Shape::RowOf(0); row < count; row += Shape::kHeadRows) visit(row);
+}
+
+// Zeroes the lane's elements of a row.
+template <typename Shape>
+JAX_ATTN_DEVICE void ClearTileRow(char* row, int dim) {
+  const float zeros[kPieceElements] = {};
+#pragma unroll
+  for (int c = 0; c < Shape::kChunks; ++c) {
+    StoreTilePiece<Shape::kDType>(row, dim, c, true, 0.0f, zeros);
+  }
 }
 
 }  // namespace jax_attn::gpu

@@ -32,6 +32,7 @@ inline void ClearLastError() { (void)cudaGetLastError(); }
 inline constexpr bool kCopiesThroughRegisters = false;
 inline constexpr bool kOverlapsKernels = true;  // where the device can: LaunchShape
 inline constexpr int kMatrixRows[] = {8, 16};   // query rows of a block
+inline constexpr int kSmallestTile = 8;         // rows that matrix instructions take at least
 inline constexpr bool kManyRegisters = true;    // for unrolled loops
 // A kernel parameter that is read where it was passed, not copied first.
 #define JAX_ATTN_PARAMETER const __grid_constant__
@@ -50,6 +51,7 @@ inline void ClearLastError() { (void)hipGetLastError(); }
 inline constexpr bool kCopiesThroughRegisters = true;
 inline constexpr bool kOverlapsKernels = false;
 inline constexpr int kMatrixRows[] = {16, 32};
+inline constexpr int kSmallestTile = 16;
 inline constexpr bool kManyRegisters = false;
 #define JAX_ATTN_PARAMETER const
 #define JAX_ATTN_LAUNCH_BOUNDS(threads, ...) __launch_bounds__(threads)
