@@ -26,9 +26,9 @@ JAX_ATTN_DEVICE float2 GradientFactor(const Logits& gradients) {
   if constexpr (Shape::kDType == DType::kFloat16) {
     float top = 0;
 #pragma unroll
-    for (const auto& x : gradients.x) {
+    for (int slot = 0; slot < Logits::kSlots; ++slot) {  // there may be numbers of no row
 #pragma unroll
-      for (const float y : x) top = Max(top, fabsf(y));
+      for (int i = 0; i < Logits::kOwnKeys; ++i) top = Max(top, fabsf(gradients.At(slot, i)));
     }
 #pragma unroll
     for (int mask = 1; mask < kWave; mask *= 2) {
