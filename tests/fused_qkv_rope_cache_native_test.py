@@ -89,6 +89,61 @@ def test_nan_and_infinity_pass(variant, dtype, head_dim):
     np.testing.assert_array_equal(bits(stored), bits(got.key))
 
 
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("norm", [None, "weight"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_halves_are_rounded_to_even(variant, head_dim, norm, cache_dtype):
+    problem = Problem(
+        slot_mapping=range(8),
+        dtype="bfloat16",
+        cache_dtype=cache_dtype,
+        head_dims=(head_dim, 64),
+        heads=(20, 3),
+        norm=norm,
+    )
+    qkv, width = problem.x["qkv"], 20 * head_dim
+    problem.rope["sin"][:] = 0
+    problem.rope["cos"][:] = factor = np.float32(1.5 if norm is None else 1)
+    if norm is not None:
+        qkv[:] = np.sign(qkv.astype(np.float32)) + (qkv == 0)  # all mean squares are 1
+        weight = (1 + (2 * np.arange(head_dim) + 1) / 256).astype(np.float32)
+        problem.norm |= {"q_weight": weight, "k_weight": weight, "epsilon": 1e-30}
+        factor = np.tile(weight, 23)
+    exact = qkv[:, : 23 * head_dim].astype(np.float32) * factor
+    assert np.mean((exact.view(np.uint32) & 0xFFFF) == 0x8000) > 0.1
+    got = problem.run_eagerly()
+    expected = exact.astype(qkv.dtype)
+    np.testing.assert_array_equal(bits(got.query.reshape(8, -1)), bits(expected[:, :width]))
+    np.testing.assert_array_equal(bits(got.key.reshape(8, -1)), bits(expected[:, width:]))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_heads_of_any_size_of_numbers_stand_side_by_side(variant, head_dim):
+    problem = Problem(
+        slot_mapping=range(8),
+        dtype="bfloat16",
+        cache_dtype="bfloat16",
+        head_dims=(head_dim, 64),
+        heads=(20, 3),
+        norm="weight",
+    )
+    heads = problem.x["qkv"][:, : 23 * head_dim].reshape(8, 23, head_dim)
+    problem.x["positions"][:] = range(8)
+    problem.rope["cos"][4] = 1e12
+    problem.rope["cos"][5, 2] = np.inf
+    problem.rope["sin"][6, 1] = np.nan
+    for head, value in {1: 0.0, 3: np.nan, 9: np.inf, 10: 1e30, 17: 1e-30, 21: -np.inf}.items():
+        heads[:4, head, 7] = value
+    heads[:, 12] = 0
+    heads[7, 14] = 3e38
+    got = problem.run_eagerly()
+    problem.implementation = "xla"
+    expected = problem.run_eagerly()
+    for name in ("query", "key"):
+        a, b = (np.asarray(getattr(x, name)).astype(np.float32) for x in (got, expected))
+        np.testing.assert_allclose(a, b, rtol=2**-7, atol=1e-6, err_msg=name)
+
+
 @pytest.mark.parametrize("cache_dtype", qkv_oracle.QUANTIZED)
 @pytest.mark.parametrize("scale", ["head", "dynamic"])
 def test_quantised_entries_are_those_of_float64(variant, cache_dtype, scale):

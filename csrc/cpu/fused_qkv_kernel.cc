@@ -4,48 +4,13 @@
 #include "fused_qkv_kernel.h"
 
 #include "qkv_blocks.h"
+#include "qkv_norm.h"
 #include "qkv_rotation.h"
 #include "qkv_rows.h"
 #include "qkv_whole_heads.h"
 
 namespace jax_attn::cpu::JAX_ATTN_TARGET {
 namespace {
-
-// ---- Norm
-
-float SumSquaresOf(const float* x, int64_t n) {
-  F32 sums[2] = {};
-  int64_t i = 0;
-  for (; i + kPair <= n; i += kPair) {
-    const F32 a = Load(x + i), b = Load(x + i + kLanes);
-    sums[0] += a * a;
-    sums[1] += b * b;
-  }
-  float sum = Sum(sums[0] + sums[1]);
-  for (; i < n; ++i) sum += x[i] * x[i];
-  return sum;
-}
-
-void Normalize(float inverse, const float* weight, int64_t n, float* x) {
-  if (weight == nullptr) {
-    for (int64_t i = 0; i < n; i += kLanes) Store(x + i, Load(x + i) * inverse);
-  } else {
-    for (int64_t i = 0; i < n; i += kLanes) Store(x + i, Load(x + i) * inverse * Load(weight + i));
-  }
-}
-
-// Heads whose mean squares are taken at once, so that their square roots do not wait for each
-// other.
-constexpr int64_t kHeadsAtOnce = kLanes < 8 ? kLanes : 8;
-
-// Turns sums of `n` squares into factors.
-void InverseRms(int64_t n, float epsilon, float* sums) {
-  for (int64_t i = 0; i < kHeadsAtOnce; ++i) {
-    sums[i] = 1.0f / __builtin_sqrtf(sums[i] / static_cast<float>(n) + epsilon);
-  }
-}
-
-// ---- The pass
 
 // Queries, gates, keys or values of a call.
 struct Part {
@@ -121,12 +86,11 @@ class Pass {
 
   void Run() {
     const int64_t num_units = p_.num_units();
-    for (int64_t unit = item_.unit_begin; unit < item_.unit_end;) {
-      const int64_t token = unit / num_units, begin = unit % num_units;
-      const int64_t left = begin + item_.unit_end - unit;
-      const int64_t end = left < num_units ? left : num_units;
+    int64_t token = item_.unit_begin / num_units, begin = item_.unit_begin % num_units;
+    for (int64_t left = item_.unit_end - item_.unit_begin; left > 0; ++token, begin = 0) {
+      const int64_t end = begin + left < num_units ? begin + left : num_units;
       RunToken(token, begin, end);
-      unit += end - begin;
+      left -= end - begin;
     }
     if (item_.stream) FenceStores();
   }
@@ -153,6 +117,7 @@ class Pass {
     if (part.weighted()) LoadWeight(part, 0);
     if (part.whole_blocks) {
       Arrange<kDType>(part.weights.values, part.head_dim, FactorsOf(part).own.values);
+      ArrangeWeights<kDType>(part.weights.values, part.span, WeightsOf(part));
     }
   }
 
@@ -165,11 +130,15 @@ class Pass {
   }
 
   Factors& FactorsOf(const Part& part) { return factors_[&part - parts_]; }
+  Factors& WeightsOf(const Part& part) { return weights_[&part - parts_]; }
 
   void RunToken(int64_t token, int64_t begin, int64_t end) {
     const char* row = qkv_ + token * p_.columns() * kSize;
     if (p_.rotary_dim != 0 && begin < p_.num_q_heads + p_.num_kv_heads) {
       LoadAngles(p_, item_, token, angles_);
+      if (parts_[0].whole_blocks || parts_[2].whole_blocks) {
+        ArrangeAngles<kDType>(angles_, p_.rotary_dim, turns_);
+      }
     }
     int64_t first = 0;
     for (Part& part : parts_) {
@@ -183,30 +152,70 @@ class Pass {
   }
 
   void RunPart(Part& part, const char* row, int64_t token, int64_t begin, int64_t end) {
+    if (part.is_copy() && RunAsOneRow(part, row, token, begin, end)) return;
     if (part.rotated && part.whole_blocks) {
-      RotateFactors<kDType>(angles_, part.span, part.weighted() ? part.weights.values : nullptr,
-                            FactorsOf(part));
+      WeighTurns(turns_, WeightsOf(part), part.span, FactorsOf(part));
     }
+    switch (part.whole_heads ? part.head_dim / kPair : 0) {
+      case 2:
+        return RunWholeHeads<2>(part, row, token, begin, end);
+      case 4:
+        return RunWholeHeads<4>(part, row, token, begin, end);
+      case 8:
+        return RunWholeHeads<8>(part, row, token, begin, end);
+      default:
+        return RunInGroups(
+            part, row, begin, end,
+            [&](int64_t first, int64_t last, float* sums) {
+              for (int64_t head = first; head < last; ++head) *sums++ = SumSquares(part, row, head);
+            },
+            [&](int64_t first, int64_t last, const float* inverses) {
+              RunHeads(part, row, token, first, last, inverses);
+            });
+    }
+  }
+
+  // Copies heads that are side by side wherever they are and go; false if they are not.
+  bool RunAsOneRow(const Part& part, const char* row, int64_t token, int64_t begin, int64_t end) {
+    const int64_t head_size = part.head_dim * kSize, size = (end - begin) * head_size;
+    const Place place = PlaceOf(part, token, begin);
+    if (part.column_stride != part.head_dim ||
+        (place.row != nullptr && (!place.same_type || place.row_stride != head_size))) {
+      return false;
+    }
+    const char* const from = HeadOf(part, row, begin);
+    for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(from + p_.columns() * kSize + i);
+    Copy(from, size, part.out + (token * part.num_heads + begin) * head_size, place.row,
+         item_.stream);
+    return true;
+  }
+
+  // Runs a few heads at a time: `squares` sums those of their elements, and `run` gets the factors
+  // of their norms. These are found for the next few heads before the ones at hand are computed, so
+  // that the square roots are ready by the time that they are needed.
+  template <typename Squares, typename Run>
+  void RunInGroups(const Part& part, const char* row, int64_t begin, int64_t end, Squares squares,
+                   Run run) {
     const bool over_all = part.normalized && p_.norm_scope == NormScope::kAllHeads;
     float of_all_heads = 0;
     for (int64_t head = 0; head < part.num_heads && over_all; ++head) {
       of_all_heads += SumSquares(part, row, head);
     }
-    // Found for the next few heads before the ones at hand are computed, so that the square roots
-    // are ready by the time that they are needed.
     float inverses[2][kHeadsAtOnce];
+    const auto end_of_group = [end](int64_t first) {
+      return first + kHeadsAtOnce < end ? first + kHeadsAtOnce : end;
+    };
     const auto find = [&](int64_t first, float* found) {
-      const int64_t last = first + kHeadsAtOnce < end ? first + kHeadsAtOnce : end;
       for (int64_t i = 0; i < kHeadsAtOnce; ++i) found[i] = over_all ? of_all_heads : 1.0f;
       if (!part.normalized) return;
-      if (!over_all) SumSquares(part, row, first, last, found);
+      if (!over_all) squares(first, end_of_group(first), found);
       InverseRms(part.head_dim * (over_all ? part.num_heads : 1), p_.epsilon, found);
     };
     find(begin, inverses[0]);
     for (int64_t first = begin, now = 0; first < end; first += kHeadsAtOnce, now ^= 1) {
-      const int64_t last = first + kHeadsAtOnce < end ? first + kHeadsAtOnce : end;
+      const int64_t last = end_of_group(first);
       if (last < end) find(last, inverses[now ^ 1]);
-      RunHeads(part, row, token, first, last, inverses[now]);
+      run(first, last, inverses[now]);
     }
   }
 
@@ -223,22 +232,6 @@ class Pass {
     return SumSquaresOf(x_.values, part.head_dim);
   }
 
-  // The same of up to kHeadsAtOnce heads.
-  void SumSquares(const Part& part, const char* row, int64_t first, int64_t last, float* sums) {
-    const char* const from = HeadOf(part, row, first);
-    const int64_t stride = part.column_stride * kSize;
-    switch (part.whole_heads ? part.head_dim / kPair : 0) {
-      case 2:
-        return SumSquaresOfHeads<kDType, 2, kHeadsAtOnce>(from, stride, last - first, sums);
-      case 4:
-        return SumSquaresOfHeads<kDType, 4, kHeadsAtOnce>(from, stride, last - first, sums);
-      case 8:
-        return SumSquaresOfHeads<kDType, 8, kHeadsAtOnce>(from, stride, last - first, sums);
-      default:
-        for (int64_t head = first; head < last; ++head) *sums++ = SumSquares(part, row, head);
-    }
-  }
-
   // Runs a few heads of a token; `inverses` are the factors of their norm.
   void RunHeads(Part& part, const char* row, int64_t token, int64_t first, int64_t last,
                 const float* inverses) {
@@ -251,18 +244,6 @@ class Pass {
     char* out = part.out + (token * part.num_heads + first) * size;
     const bool stream = item_.stream && CanStream(out, size);
     Place place = PlaceOf(part, token, first);
-    if (part.whole_heads) {
-      switch (n / kPair) {
-        case 2:
-          return RunWholeHeads<2>(part, from, out, place, first, last, inverses);
-        case 4:
-          return RunWholeHeads<4>(part, from, out, place, first, last, inverses);
-        case 8:
-          return RunWholeHeads<8>(part, from, out, place, first, last, inverses);
-        default:
-          break;
-      }
-    }
     for (int64_t head = first; head < last; ++head) {
       // Prefetching by hardware alone leaves memory idle while a head is computed.
       for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(from + token_stride + i);
@@ -292,40 +273,51 @@ class Pass {
     }
   }
 
-  // The same where heads are rotated whole.
+  // Runs heads of a token that are rotated whole.
   template <int kBlocks>
-  void RunWholeHeads(Part& part, const char* from, char* out, Place place, int64_t first,
-                     int64_t last, const float* inverses) {
-    using Whole = WholeHead<kDType, kBlocks>;
-    const int64_t from_stride = part.column_stride * kSize, token_stride = p_.columns() * kSize;
-    const bool stream = item_.stream && CanStream(out, Whole::kBytes);
-    const bool stream_rows =
-        item_.stream && CanStream(place.row, Whole::kBytes) && place.row_stride % 64 == 0;
+  void RunWholeHeads(Part& part, const char* row, int64_t token, int64_t begin, int64_t end) {
+    constexpr int64_t kBytes = WholeHead<kDType, kBlocks>::kBytes;
     const Factors& factors = FactorsOf(part);
-    for (int64_t head = first; head < last; ++head) {
-      for (int64_t i = 0; i < Whole::kBytes; i += 64) {
-        __builtin_prefetch(from + token_stride + i);
-      }
-      Whole result;
-      const F32 sum =
-          result.Compute(reinterpret_cast<const Element*>(from), inverses[head - first], factors);
-      result.Write(out, stream);
-      if (Any(IsNan(sum))) {
-        ComputeHead(part, inverses[head - first], from, head, rounded_);
-        result.Read(rounded_);
-        result.Write(out, stream);
-      }
-      from += from_stride;
-      out += Whole::kBytes;
-      if (place.row == nullptr) continue;
-      if (place.same_type) {
-        result.Write(place.row, stream_rows);
-      } else {
-        result.Write(rounded_, false);
-        Quantize<kDType>(rounded_, part.head_dim, part.pages->dtype, place, item_.stream);
-      }
-      place.Next();
+    HeadRows rows;
+    rows.count = end - begin;
+    rows.from = HeadOf(part, row, begin);
+    rows.from_stride = part.column_stride * kSize;
+    rows.next_token = p_.columns() * kSize;
+    rows.to = part.out + (token * part.num_heads + begin) * kBytes;
+    rows.stream = item_.stream && CanStream(rows.to, kBytes);
+    Place place = PlaceOf(part, token, begin);
+    if (place.same_type) {
+      rows.stored = place.row;
+      rows.stored_stride = place.row_stride;
+      rows.stream_stored =
+          item_.stream && CanStream(place.row, kBytes) && place.row_stride % 64 == 0;
     }
+    const bool quantize = place.row != nullptr && !place.same_type;
+    if (!part.normalized && !quantize) {
+      const float one = 1.0f;
+      return ComputeHeads<kDType, kBlocks>(rows, rows.count, &one, 0, factors);
+    }
+    if (p_.norm_scope == NormScope::kHead && !quantize) {
+      rows.Skip(NormalizeHeads<kDType, kBlocks>(rows, p_.epsilon, factors), kBytes);
+    }
+    if (rows.count == 0) return;
+    const auto squares = [&](int64_t first, int64_t last, float* sums) {
+      SumSquaresOfHeads<kDType, kBlocks>(HeadOf(part, row, first), rows.from_stride, last - first,
+                                         sums);
+    };
+    const auto run = [&](int64_t first, int64_t last, const float* inverses) {
+      if (quantize) {
+        rows.stored = reinterpret_cast<char*>(rounded_);
+        rows.stored_stride = kBytes;
+      }
+      ComputeHeads<kDType, kBlocks>(rows, last - first, inverses, 1, factors);
+      for (int64_t i = 0; i < last - first && quantize; ++i, place.Next()) {
+        Quantize<kDType>(rows.stored + i * kBytes, part.head_dim, part.pages->dtype, place,
+                         item_.stream);
+      }
+      rows.Skip(last - first, kBytes);
+    };
+    RunInGroups(part, row, end - rows.count, end, squares, run);
   }
 
   // Computes a head of any size by way of float rows.
@@ -375,10 +367,13 @@ class Pass {
   int64_t layer_ = 0;
   Part parts_[4];  // query, gate, key, value
   Factors factors_[4];
+  Factors weights_[4];  // of the rotary dims: of each element, and of its partner; arranged
   Angles angles_;
+  Factors turns_;  // the angles, arranged
   Head x_;
   Head y_;
-  alignas(64) Element rounded_[kMaxFusedHeadDim + kPair];
+  // A head of any size, or a few that are rotated whole.
+  alignas(64) Element rounded_[kHeadsAtOnce * 8 * kPair + kMaxFusedHeadDim];
 };
 
 void FusedQkvKernel(const FusedQkvRopeCacheParams& p, const QkvItem& item) {

@@ -14,12 +14,29 @@ namespace jax_attn::cpu::JAX_ATTN_TARGET {
 namespace {
 
 // How a block travels between storage and two vectors. Pack may spoil a NaN, which the caller
-// must look for if kSpoilsNan.
+// must look for if kSpoilsNan; PackAny does not.
 template <DType kDType>
 struct Block : Format<kDType> {
   static constexpr bool kInterleaved = false;
   static constexpr bool kSpoilsNan = false;
+  static typename Format<kDType>::Packed PackAny(F32 a, F32 b) {
+    return Format<kDType>::Pack(a, b);
+  }
 };
+
+// The lesser of each 16 bits.
+inline U32 LeastHalves(U32 a, U32 b) {
+#if defined(__AVX512BW__)
+  return reinterpret_cast<U32>(
+      _mm512_min_epu16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<U32>(
+      _mm256_min_epu16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#else
+  const U16Pair x = reinterpret_cast<U16Pair>(a), y = reinterpret_cast<U16Pair>(b);
+  return reinterpret_cast<U32>(x < y ? x : y);
+#endif
+}
 
 // As in Storage: one vector has the even elements, the other the odd ones. Rounding takes less
 // than half the operations without the special case.
@@ -44,8 +61,30 @@ struct Block<DType::kBFloat16> {
     return bits + (((bits >> 16) & 1u) + 0x7fffu);
 #endif
   }
-  static Packed Pack(F32 a, F32 b) {
-    const U32 even = Round(a) >> 16, odd = Round(b);
+  static Packed Pack(F32 a, F32 b) { return Join(Round(a), Round(b)); }
+  static Packed PackAny(F32 a, F32 b) {
+    using F = Format<DType::kBFloat16>;
+    return F::Encode(a) | F::Encode(b) << 16;
+  }
+  // Rounds halves up, not to even, in half the operations. A half leaves 16 bits of 0, of which
+  // the least are kept in the lower part of `least`.
+  static Packed PackHalvesUp(F32 a, F32 b, U32& least) {
+    const U32 even = AsBits(a) + 0x8000u, odd = AsBits(b) + 0x8000u;
+    least = LeastHalves(least, LeastHalves(even, odd));
+    return Join(even, odd);
+  }
+  static bool SawHalves(U32 least) {
+#if defined(__AVX512F__)
+    return _mm512_testn_epi32_mask(reinterpret_cast<__m512i>(least), _mm512_set1_epi32(0xffff));
+#else
+    return Any(least << 16 == 0u);
+#endif
+  }
+
+ private:
+  // The upper halves of words.
+  static Packed Join(U32 even, U32 odd) {
+    even >>= 16;
 #if defined(__AVX2__) && !defined(__AVX512F__)
     return reinterpret_cast<U32>(
         _mm256_blend_epi16(reinterpret_cast<__m256i>(even), reinterpret_cast<__m256i>(odd), 0xaa));
@@ -85,6 +124,9 @@ void Arrange(const float* from, int64_t n, float* to) {
 struct Factors {
   Head own;
   Head other;
+
+  F32 Own(int64_t i) const { return Load(own.values + i); }
+  F32 Other(int64_t i) const { return Load(other.values + i); }
 };
 
 // The rotary dims of a head, and how they form pairs.
@@ -98,29 +140,33 @@ struct RotarySpan {
   }
 };
 
-// Factors of the rotary dims of a token. `weight` may be null.
+// The angles of a token as factors.
 template <DType kDType>
-void RotateFactors(const Angles& angles, const RotarySpan& span, const float* weight,
-                   Factors& factors) {
-  const float *cos = angles.cos.values, *sin = angles.sin.values;
-  float* const own = factors.own.values + span.begin;
-  float* const other = factors.other.values + span.begin;
-  if (weight == nullptr) {
-    Arrange<kDType>(cos, span.size, own);
-    Arrange<kDType>(sin, span.size, other);
-    return;
-  }
-  Head weighted[2];
-  const float* const w = weight + span.begin;
+void ArrangeAngles(const Angles& angles, int64_t rotary_dim, Factors& turns) {
+  Arrange<kDType>(angles.cos.values, rotary_dim, turns.own.values);
+  Arrange<kDType>(angles.sin.values, rotary_dim, turns.other.values);
+}
+
+// The weights of the rotary dims: of each element, and of its partner.
+template <DType kDType>
+void ArrangeWeights(const float* weight, const RotarySpan& span, Factors& weights) {
+  const float* const own = weight + span.begin;
   const int64_t half = span.size / 2;
-  for (int64_t i = 0; i < span.size; i += kLanes) {
-    Store(weighted[0].values + i, Load(cos + i) * Load(w + i));
-    const F32 partner =
-        span.neighbours ? Neighbours(Load(w + i)) : Load(w + (i < half ? i + half : i - half));
-    Store(weighted[1].values + i, Load(sin + i) * partner);
+  Head other;
+  for (int64_t i = 0; i < span.size; ++i) {
+    other.values[i] = own[span.neighbours ? i ^ 1 : i < half ? i + half : i - half];
   }
-  Arrange<kDType>(weighted[0].values, span.size, own);
-  Arrange<kDType>(weighted[1].values, span.size, other);
+  Arrange<kDType>(own, span.size, weights.own.values);
+  Arrange<kDType>(other.values, span.size, weights.other.values);
+}
+
+// Factors of the rotary dims of a token.
+inline void WeighTurns(const Factors& turns, const Factors& weights, const RotarySpan& span,
+                       Factors& factors) {
+  for (int64_t i = 0; i < span.size; i += kLanes) {
+    Store(factors.own.values + span.begin + i, turns.Own(i) * weights.Own(i));
+    Store(factors.other.values + span.begin + i, turns.Other(i) * weights.Other(i));
+  }
 }
 
 template <DType kDType>
@@ -141,10 +187,9 @@ struct TurnedBlocks {
 };
 
 // Of the blocks at elements `i` and `j` of a row.
-template <typename B>
+template <typename B, typename F>
 inline TurnedBlocks TurnBlocks(const typename B::Element* x, int64_t i, int64_t j, float inverse,
-                               const Factors& factors) {
-  const float *own = factors.own.values, *other = factors.other.values;
+                               const F& factors) {
   F32 a, b, c, d;
   B::LoadPair(x + i, a, b);
   B::LoadPair(x + j, c, d);
@@ -152,10 +197,10 @@ inline TurnedBlocks TurnBlocks(const typename B::Element* x, int64_t i, int64_t 
   b *= inverse;
   c *= inverse;
   d *= inverse;
-  return {{a * Load(own + i) + c * Load(other + i),
-           b * Load(own + i + kLanes) + d * Load(other + i + kLanes)},
-          {c * Load(own + j) + a * Load(other + j),
-           d * Load(own + j + kLanes) + b * Load(other + j + kLanes)}};
+  return {{a * factors.Own(i) + c * factors.Other(i),
+           b * factors.Own(i + kLanes) + d * factors.Other(i + kLanes)},
+          {c * factors.Own(j) + a * factors.Other(j),
+           d * factors.Own(j + kLanes) + b * factors.Other(j + kLanes)}};
 }
 
 // Computes a row; false if it may have a NaN that storing has spoiled, since the sum of its

@@ -11,6 +11,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -124,7 +125,7 @@ inline F32 Exchange(F32 x, F32 y) {
 
 // Returns a vector whose lane i * kLanes / kCount is the sum of the lanes of v[i].
 template <int kCount, int kDistance = kLanes / 2>
-inline F32 SumLanes(const F32* v) {
+__attribute__((always_inline)) inline F32 SumLanes(const F32* v) {
   if constexpr (kDistance == 0) {
     return v[0];
   } else if constexpr (kCount == 1) {
