@@ -39,7 +39,9 @@ template <int kSize>
 class SharedFactors {
  public:
   // Bytes of a wave whose heads have 2^`lane_bits` lanes each.
-  static constexpr int Bytes(int lane_bits) { return sizeof(HeadFactors<kSize>) << lane_bits; }
+  static constexpr int Bytes(int lane_bits) {
+    return static_cast<int>(sizeof(HeadFactors<kSize>)) << lane_bits;
+  }
 
   JAX_ATTN_DEVICE SharedFactors(char* shared, int lane_bits)
       : own_(reinterpret_cast<uint4*>(shared) + (Lane() & ((1 << lane_bits) - 1))),

@@ -55,15 +55,20 @@ class FusedQkvItem {
     if (stores) place = PlaceOf(find_slot());
     for (int first = begin; first < end; first += rows, head += rows) {
       const bool wanted = head < end;
+      Same of_head = Again();
+      const QkvPart& part = of_head.part_;
       // The next heads are read while these are computed.
       Piece<kDType> next[2];
-      if (first + rows < end) Load(head + rows, head + rows < end, next);
-      if (computed) Compute(wanted ? head : begin, factors, inverse, pieces);
-      if (wanted) StoreOwn(pieces, out_ + head * part_.head_dim * kSize);
-      if (place.data != nullptr && w_.converts) {
-        ConvertRow<kDType>(place, w_.stored_dtype, head, part_.lane_bits, at_, pieces, wanted);
+      if (first + rows < end) of_head.Load(head + rows, head + rows < end, next);
+      if (part.normalized || part.rotated) {
+        of_head.Compute(wanted ? head : begin, factors, inverse, pieces);
+      }
+      if (wanted) of_head.StoreOwn(pieces, out_ + head * part.head_dim * kSize);
+      if (place.data != nullptr && of_head.w_.converts) {
+        ConvertRow<kDType>(place, of_head.w_.stored_dtype, head, part.lane_bits, of_head.at_,
+                           pieces, wanted);
       } else if (place.data != nullptr && wanted) {
-        StoreOwn(pieces, place.data + head * place.head_stride);
+        of_head.StoreOwn(pieces, place.data + head * place.head_stride);
       }
       pieces[0] = next[0];
       pieces[1] = next[1];
@@ -71,6 +76,27 @@ class FusedQkvItem {
   }
 
  private:
+  JAX_ATTN_DEVICE FusedQkvItem(const FusedQkvItem& item, const FusedQkvWork& w,
+                               const QkvBatch& batch)
+      : w_(w),
+        b_{batch, item.b_.index},
+        part_(w.parts[Fresh(item.kind_)]),
+        kind_(item.kind_),
+        token_(item.token_),
+        at_(item.at_.template Again<kKernel == QkvKernel::kHalves>()),
+        row_(item.row_),
+        out_(item.out_) {}
+
+  // The same, of which nothing was read or compared yet.
+  using Same = std::conditional_t<kMovesAhead, FusedQkvItem, const FusedQkvItem&>;
+  JAX_ATTN_DEVICE Same Again() const {
+    if constexpr (kMovesAhead) {
+      return FusedQkvItem(*this, FreshParameter(w_), FreshParameter<FusedQkvWork>(b_.batch));
+    } else {
+      return *this;
+    }
+  }
+
   static constexpr int kSize = static_cast<int>(SizeOf(kDType));
   static constexpr int kPieceBytes = kSize * kPieceSize;
 
@@ -214,6 +240,14 @@ class FusedQkvItem {
   char* out_;
 };
 
+// The slots of a batch index.
+template <bool kBatched>
+JAX_ATTN_DEVICE QkvSlots SlotsOf(const FusedQkvWork& w, QkvIndex<kBatched> b) {
+  const int64_t first = b.Offset(b.batch.slots);
+  return QkvSlots(w.slots_32 == nullptr ? nullptr : w.slots_32 + first,
+                  w.slots_64 == nullptr ? nullptr : w.slots_64 + first, w.capacity, w.num_tokens);
+}
+
 template <DType kDType, QkvKernel kKernel>
 __global__ void __launch_bounds__(kMaxFusedQkvThreads)
     FusedQkvKernel(JAX_ATTN_PARAMETER FusedQkvWork w, JAX_ATTN_PARAMETER QkvBatch batch) {
@@ -227,10 +261,6 @@ __global__ void __launch_bounds__(kMaxFusedQkvThreads)
     block %= w.blocks;
   }
   const QkvIndex<Item::kBatched> b{batch, index};
-  const int64_t first_slot = b.Offset(batch.slots);
-  const QkvSlots slots(w.slots_32 == nullptr ? nullptr : w.slots_32 + first_slot,
-                       w.slots_64 == nullptr ? nullptr : w.slots_64 + first_slot, w.capacity,
-                       w.num_tokens);
   const int wave = WaveIndex(), waves = static_cast<int>(blockDim.x) / kWave;
 
   const bool stores = block < w.storing_blocks;
@@ -241,15 +271,18 @@ __global__ void __launch_bounds__(kMaxFusedQkvThreads)
     const int left = w.num_tokens - first_token;
     const int count = left < w.block_tokens ? left : w.block_tokens;
     num_items = 2 * count;
-    block_slots.Find(slots, first_token, count);
+    block_slots.Find(SlotsOf(w, b), first_token, count);
   } else {
     i += (block - w.storing_blocks) * waves;
     num_items = i + 1;
   }
-  for (; i < num_items; i += waves) {
+  // What waits for the next item does so in registers of a lane.
+  const int waiting_waves = FreshOfLane(waves), waiting_token = FreshOfLane(first_token);
+  const int waiting_items = FreshOfLane(num_items);
+  for (; i < Uniform(waiting_items); i += Uniform(waiting_waves)) {
     const FusedQkvWork& fresh_w = FreshParameter(w);
     const QkvIndex<Item::kBatched> fresh_b{FreshParameter<FusedQkvWork>(batch), index};
-    int kind = kKeys + (i & 1), token = first_token + (i >> 1), begin = 0;
+    int kind = kKeys + (i & 1), token = Uniform(waiting_token) + (i >> 1), begin = 0;
     if (!stores) {
       token = static_cast<int>(fresh_w.tokens_of_items.Divide(static_cast<uint32_t>(i)));
       if (token >= fresh_w.num_tokens) return;
@@ -263,6 +296,7 @@ __global__ void __launch_bounds__(kMaxFusedQkvThreads)
     Item item(fresh_w, fresh_b, kind, token);
     item.Run(begin, end < part.num_heads ? end : part.num_heads, [&] {
       if (stores) return block_slots.Of(i >> 1);
+      const QkvSlots slots = SlotsOf(fresh_w, fresh_b);
       return slots.StoredLast(token, slots.Read(token));
     });
   }

@@ -72,42 +72,44 @@ class FusedQkvPlainItem {
     if (kind_ >= kKeys && w_.layer != nullptr) layer = *w_.layer;
 
     for (; token < last; token += step) {
+      Same of_token = Again();
       Tables tables;
       Pieces weights[2];
-      if (part_.computed) LoadWeights(weights);
-      if (part_.rotated) LoadTables(position, tables);
+      if (of_token.part_.computed) of_token.LoadWeights(weights);
+      if (of_token.part_.rotated) of_token.LoadTables(position, tables);
       const bool is_last = token + step >= last;
-      if (part_.rotated && !is_last) position = Position(token + step);
+      if (of_token.part_.rotated && !is_last) position = of_token.Position(token + step);
       CachePlace place;
-      if (kind_ >= kKeys) place = FindPlace(find_slot(token), layer);
-      if (part_.computed) {
+      if (of_token.kind_ >= kKeys) place = of_token.FindPlace(find_slot(token), layer);
+      if (of_token.part_.computed) {
         Factors factors;
-        MakeFactors(weights, tables, factors);
+        of_token.MakeFactors(weights, tables, factors);
         held.Store(factors);
       }
 
       const char* in = row;
-      row += step * w_.token_bytes;
-      char* out = OutOf(token, own);
+      row += step * of_token.w_.token_bytes;
+      char* out = of_token.OutOf(token, own);
       int head = own;
       for (int first = 0; first < end; first += heads, head += heads) {
+        Same of_head = Again();
         // The next heads, or those of the next token, are read while these are computed.
         Pieces next[2];
         in += in_step;
         if (first + heads < end) {
-          Load(in, head + heads < end, next);
+          of_head.Load(in, head + heads < end, next);
         } else if (!is_last) {
-          Load(row, own < end, next);
+          of_head.Load(row, own < end, next);
         }
-        if (part_.computed) {
+        if (of_head.part_.computed) {
           BeginReads();  // not in front of the loop
           Factors factors;
           held.Load(factors);
-          Compute(factors, pieces);
+          of_head.Compute(factors, pieces);
         }
-        Store(pieces, head < end, out);
+        of_head.Store(pieces, head < end, out);
         out += out_step;
-        if (place.data != nullptr) StoreInCache(place, head, head < end, pieces);
+        if (place.data != nullptr) of_head.StoreInCache(place, head, head < end, pieces);
         pieces[0] = next[0];
         pieces[1] = next[1];
       }
@@ -115,6 +117,19 @@ class FusedQkvPlainItem {
   }
 
  private:
+  JAX_ATTN_DEVICE FusedQkvPlainItem(const FusedQkvPlainWork& w, int kind, const LanePieces& at)
+      : w_(w), part_(w.parts[kind]), kind_(kind), at_(at) {}
+
+  // The same, of which nothing was read or compared yet.
+  using Same = std::conditional_t<kMovesAhead, FusedQkvPlainItem, const FusedQkvPlainItem&>;
+  JAX_ATTN_DEVICE Same Again() const {
+    if constexpr (kMovesAhead) {
+      return FusedQkvPlainItem(FreshParameter(w_), Fresh(kind_), at_.Again());
+    } else {
+      return *this;
+    }
+  }
+
   using Pieces = Piece<kDType, kSize>;
   static constexpr int kBytes = Pieces::kBytes;
 
@@ -260,11 +275,12 @@ __global__ void JAX_ATTN_LAUNCH_BOUNDS(kMaxFusedQkvThreads, BlocksPerCore(kDType
   const int last = min(first + count, w.num_tokens);
   if (stores) block_slots.Find(slots, first, last - first);
   for (; kind <= last_kind; ++kind) {
-    FusedQkvPlainItem<kDType, kPieceSize, kConverts>(FreshParameter(w), kind)
-        .RunMany(
-            first + WaveIndex(), last, static_cast<int>(blockDim.x) / kWave,
-            shared + kBlockSlotsBytes + WaveIndex() * SharedFactors<kPieceSize>::Bytes(w.lane_bits),
-            [&](int asked) { return block_slots.Of(asked - first); });
+    const FusedQkvPlainWork& fresh_w = FreshParameter(w);
+    FusedQkvPlainItem<kDType, kPieceSize, kConverts>(fresh_w, kind)
+        .RunMany(first + WaveIndex(), last, static_cast<int>(blockDim.x) / kWave,
+                 shared + kBlockSlotsBytes +
+                     WaveIndex() * SharedFactors<kPieceSize>::Bytes(fresh_w.lane_bits),
+                 [&](int asked) { return block_slots.Of(asked - first); });
   }
 }
 

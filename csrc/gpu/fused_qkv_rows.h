@@ -150,6 +150,16 @@ struct LanePieces {
     first = !has_first ? 0 : first < before ? first : first + rotated_pieces;
     second = !has_second ? 0 : second < before ? second : second + rotated_pieces;
   }
+
+  // The same with bits that were not compared yet; of `rotated` only if it is asked for.
+  template <bool kRotated = true>
+  JAX_ATTN_DEVICE LanePieces Again() const {
+    LanePieces fresh = *this;
+    fresh.has_first = FreshOfLane(has_first);
+    fresh.has_second = FreshOfLane(has_second);
+    if (kRotated) fresh.rotated = FreshOfLane(rotated);
+    return fresh;
+  }
 };
 
 // Where the rows of a token go in the cache.
@@ -223,7 +233,8 @@ JAX_ATTN_DEVICE void ConvertRow(const CachePlace& place, DType dtype, int head, 
       x[1][i] = divisor.Divide(x[1][i]);
     }
   }
-  if (wanted) StorePieces(dtype, x, at, place.data + head * place.head_stride);
+  const DType fresh_dtype = static_cast<DType>(Fresh(static_cast<int>(dtype)));
+  if (wanted) StorePieces(fresh_dtype, x, at, place.data + head * place.head_stride);
 }
 
 }  // namespace jax_attn::gpu

@@ -38,10 +38,21 @@ JAX_ATTN_DEVICE int Uniform(int x) {
 #endif
 }
 
+JAX_ATTN_DEVICE int64_t Uniform(int64_t x) {
+#if defined(__AMDGCN__)
+  const uint32_t low = static_cast<uint32_t>(Uniform(static_cast<int>(x)));
+  return static_cast<int64_t>(Uniform(static_cast<int>(x >> 32))) << 32 | low;
+#else
+  return x;
+#endif
+}
+
 JAX_ATTN_DEVICE int WaveIndex() { return Uniform(static_cast<int>(threadIdx.x) / kWave); }
 
 // ---- AMD's compiler moves what a loop needs in front of it, parameters and comparisons, until
 // registers run out. These hide that it could.
+
+inline constexpr bool kMovesAhead = !JAX_ATTN_NVIDIA;
 
 // A uniform number that nothing is computed from ahead.
 JAX_ATTN_DEVICE int Fresh(int x) {
@@ -52,6 +63,8 @@ JAX_ATTN_DEVICE int Fresh(int x) {
   return x;
 }
 
+JAX_ATTN_DEVICE bool Fresh(bool x) { return Fresh(static_cast<int>(x)) != 0; }
+
 // The same for a number of a lane.
 template <typename T>
 JAX_ATTN_DEVICE T FreshOfLane(T x) {
@@ -60,6 +73,9 @@ JAX_ATTN_DEVICE T FreshOfLane(T x) {
 #endif
   return x;
 }
+
+// Lanes' bits: they take two scalar registers where a wave has 64 lanes.
+JAX_ATTN_DEVICE bool FreshOfLane(bool x) { return FreshOfLane(static_cast<int>(x)) != 0; }
 
 // A parameter of a kernel, which is read again. `Before` are the types of those before it.
 template <typename... Before, typename T>
