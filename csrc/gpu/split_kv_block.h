@@ -55,7 +55,10 @@ JAX_ATTN_DEVICE void RunSegment(const SplitKvAttentionParams& p, const SplitWork
   __syncthreads();
   const int weight_floats = Core::kShape.matrix ? 0 : Core::kShape.rows * Core::kShape.tile_keys;
   Core core(p, s, queries, reinterpret_cast<float*>(ring + w.wave_bytes) - weight_floats);
-  const int waiting_wave = FreshOfLane(wave);
+  // While tiles are worked on, this waits in registers of lanes.
+  const int waiting_wave = FreshOfLane(wave), waiting_head = FreshOfLane(kv_head);
+  const int64_t waiting_slot = FreshOfLane(slot);
+  const int64_t waiting_index = FreshOfLane(entry.batch_index);
   Tile tile;
   while (tiles.More()) {
     tiles.Next(tile);
@@ -65,6 +68,8 @@ JAX_ATTN_DEVICE void RunSegment(const SplitKvAttentionParams& p, const SplitWork
   const SplitKvAttentionParams& later_p = FreshParameter(p);
   const SplitWork& later_w = FreshParameter<SplitKvAttentionParams>(w);
   const int same_wave = Uniform(waiting_wave);
+  EntryRows rows = entry;
+  rows.batch_index = Uniform(waiting_index);
   char* const outputs = shared + later_w.query_bytes;
   core.Finish(reinterpret_cast<float*>(outputs + same_wave * later_w.wave_bytes),
               state.tops[same_wave], state.totals[same_wave]);
@@ -73,8 +78,9 @@ JAX_ATTN_DEVICE void RunSegment(const SplitKvAttentionParams& p, const SplitWork
   const WaveResults results{reinterpret_cast<const float*>(outputs), later_w.wave_bytes / 4,
                             v_head_dim, state.tops[0], state.totals[0]};
   MergeWaves<Core::kShape.waves, Core::kShape.rows>(
-      later_p, later_w, entry, kv_head, slot, nullptr, results, v_head_dim, s.value_factor,
-      state.offsets.sinks, {static_cast<int>(threadIdx.x), Core::kShape.waves * kWave});
+      later_p, later_w, rows, Uniform(waiting_head), Uniform(waiting_slot), nullptr, results,
+      v_head_dim, s.value_factor, state.offsets.sinks,
+      {static_cast<int>(threadIdx.x), Core::kShape.waves * kWave});
 }
 
 template <typename Core>

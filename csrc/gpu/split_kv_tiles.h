@@ -232,13 +232,15 @@ class TileRing {
       ForEachChunk<true>(stage, k_, v_);
       char* header = stage + kTileKeys * (k_stride_ + v_stride_);
       if constexpr (kExtras) {
-        const int lane = Lane();
-        if (s_.k_scale != nullptr || s_.v_scale != nullptr) {
+        const int lane = FreshOfLane(Lane());
+        const bool scales_k = Fresh(s_.k_scale != nullptr);
+        const bool scales_v = Fresh(s_.v_scale != nullptr);
+        if (scales_k || scales_v) {
           const bool wanted = (wanted_ >> lane % kTileKeys & 1) != 0;
           if (lane < kTileKeys) {
             float* to = reinterpret_cast<float*>(header) + lane;
-            if (s_.k_scale != nullptr) scales_.Begin(0, to, s_.k_scale + row_, wanted);
-            if (s_.v_scale != nullptr) scales_.Begin(1, to + kTileKeys, s_.v_scale + row_, wanted);
+            if (scales_k) scales_.Begin(0, to, s_.k_scale + row_, wanted);
+            if (scales_v) scales_.Begin(1, to + kTileKeys, s_.v_scale + row_, wanted);
           }
         }
       }
@@ -261,8 +263,8 @@ class TileRing {
     if constexpr (kExtras) {
       if (FreshOfLane(Lane()) < kTileKeys) {
         float* to = reinterpret_cast<float*>(header) + Lane();
-        if (s_.k_scale != nullptr) scales_.Land(0, to, nullptr, false);
-        if (s_.v_scale != nullptr) scales_.Land(1, to + kTileKeys, nullptr, false);
+        if (Fresh(s_.k_scale != nullptr)) scales_.Land(0, to, nullptr, false);
+        if (Fresh(s_.v_scale != nullptr)) scales_.Land(1, to + kTileKeys, nullptr, false);
       }
     }
     StoreHeader(header);
