@@ -33,8 +33,6 @@ class FusedQkvItem {
         at_(w, part_, Lane() & ((1 << part_.lane_bits) - 1)) {
     row_ = static_cast<const char*>(w.qkv) +
            (b.Offset(b.batch.qkv) + token * w.columns + part_.first_column) * kSize;
-    const int64_t tokens = b.Times(w.num_tokens) + token;
-    out_ = static_cast<char*>(part_.out) + tokens * part_.num_heads * part_.head_dim * kSize;
   }
 
   // Computes heads from `begin` up to `end`. `find_slot` says where the token is stored.
@@ -53,6 +51,7 @@ class FusedQkvItem {
       LoadFactors<kKernel>(FreshParameter(w_), part_, b_, WeightStrides(), token_, at_, factors);
     if (part_.over_all_heads) inverse = InverseOverAllHeads(rows);
     if (stores) place = PlaceOf(find_slot());
+    char* const out = Again().Out();
     for (int first = begin; first < end; first += rows, head += rows) {
       const bool wanted = head < end;
       Same of_head = Again();
@@ -63,7 +62,7 @@ class FusedQkvItem {
       if (part.normalized || part.rotated) {
         of_head.Compute(wanted ? head : begin, factors, inverse, pieces);
       }
-      if (wanted) of_head.StoreOwn(pieces, out_ + head * part.head_dim * kSize);
+      if (wanted) of_head.StoreOwn(pieces, out + head * part.head_dim * kSize);
       if (place.data != nullptr && of_head.w_.converts) {
         ConvertRow<kDType>(place, of_head.w_.stored_dtype, head, part.lane_bits, of_head.at_,
                            pieces, wanted);
@@ -84,8 +83,7 @@ class FusedQkvItem {
         kind_(item.kind_),
         token_(item.token_),
         at_(item.at_.template Again<kKernel == QkvKernel::kHalves>()),
-        row_(item.row_),
-        out_(item.out_) {}
+        row_(item.row_) {}
 
   // The same, of which nothing was read or compared yet.
   using Same = std::conditional_t<kMovesAhead, FusedQkvItem, const FusedQkvItem&>;
@@ -102,6 +100,10 @@ class FusedQkvItem {
 
   JAX_ATTN_DEVICE const BatchStrides& WeightStrides() const {
     return b_.batch.weights[kind_ == kKeys];
+  }
+  JAX_ATTN_DEVICE char* Out() const {
+    const int64_t tokens = b_.Times(w_.num_tokens) + token_;
+    return static_cast<char*>(part_.out) + tokens * part_.num_heads * part_.head_dim * kSize;
   }
   JAX_ATTN_DEVICE const char* HeadOf(int head) const {
     return row_ + head * part_.column_stride * kSize;
@@ -237,7 +239,6 @@ class FusedQkvItem {
   const int token_;
   const LanePieces at_;
   const char* row_;  // columns of the kind
-  char* out_;
 };
 
 // The slots of a batch index.
@@ -279,11 +280,12 @@ __global__ void __launch_bounds__(kMaxFusedQkvThreads)
   // What waits for the next item does so in registers of a lane.
   const int waiting_waves = FreshOfLane(waves), waiting_token = FreshOfLane(first_token);
   const int waiting_items = FreshOfLane(num_items);
+  const int waiting_stores = FreshOfLane(static_cast<int>(stores));
   for (; i < Uniform(waiting_items); i += Uniform(waiting_waves)) {
     const FusedQkvWork& fresh_w = FreshParameter(w);
     const QkvIndex<Item::kBatched> fresh_b{FreshParameter<FusedQkvWork>(batch), index};
     int kind = kKeys + (i & 1), token = Uniform(waiting_token) + (i >> 1), begin = 0;
-    if (!stores) {
+    if (Uniform(waiting_stores) == 0) {
       token = static_cast<int>(fresh_w.tokens_of_items.Divide(static_cast<uint32_t>(i)));
       if (token >= fresh_w.num_tokens) return;
       const int item = i - token * fresh_w.first_items[kNumQkvKinds];
@@ -295,7 +297,7 @@ __global__ void __launch_bounds__(kMaxFusedQkvThreads)
     const int end = begin + part.item_heads;
     Item item(fresh_w, fresh_b, kind, token);
     item.Run(begin, end < part.num_heads ? end : part.num_heads, [&] {
-      if (stores) return block_slots.Of(i >> 1);
+      if (Uniform(waiting_stores) != 0) return block_slots.Of(i >> 1);
       const QkvSlots slots = SlotsOf(fresh_w, fresh_b);
       return slots.StoredLast(token, slots.Read(token));
     });

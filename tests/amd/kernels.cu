@@ -25,6 +25,7 @@ KERNEL(MatrixCore<DType::kBFloat16, DType::kFloat8E4M3FN, 128, 16, true>);
 KERNEL(VectorCore<DType::kFloat32, 128, 2>);
 KERNEL(VectorCore<DType::kFloat32, 128, 8>);
 KERNEL(VectorCore<DType::kBFloat16, 128, 8>);
+KERNEL(VectorCore<DType::kInt8, 128, 8>);
 #undef KERNEL
 
 #define KERNELS(...)                                                              \
@@ -50,5 +51,13 @@ KERNELS(8, Team<DType::kFloat32, 32, 1>);
 template __global__ void FusedQkvFewKernel<DType::kBFloat16, kPieceSize>(FusedQkvFewWork);
 template __global__ void FusedQkvPlainKernel<DType::kBFloat16, kPieceSize, true>(FusedQkvPlainWork);
 template __global__ void FusedQkvManyKernel<DType::kBFloat16, false>(FusedQkvPlainWork);
+template __global__ void FusedQkvManyKernel<DType::kBFloat16, true>(FusedQkvPlainWork);
+#define KERNEL(kernel)                                                                       \
+  template __global__ void FusedQkvKernel<DType::kBFloat16, QkvKernel::kernel>(FusedQkvWork, \
+                                                                               QkvBatch)
+KERNEL(kHalves);
+KERNEL(kNeighbours);
+KERNEL(kAnywhere);
+#undef KERNEL
 
 }  // namespace jax_attn::gpu
