@@ -244,8 +244,12 @@ def test_heads_of_a_tile_keep_apart(native, sizes, dtype):
             changed[name] = changed[name].copy()
             changed[name][2, 0, 1, 40] = wrong
             found = cases.Problem(arrays, x.options, cotangents).run("native")
+            own = 1 // group if changed is cotangents or name == "query" else 1  # its kv head
             for result, array in found.items():
-                before, after = (np.delete(a, 2, axis=0) for a in (expected[result], array))
+                before, after = (
+                    a.reshape(*a.shape[:2], 3, -1).copy() for a in (expected[result], array)
+                )
+                before[2, :, own] = after[2, :, own] = 0
                 np.testing.assert_array_equal(after, before, f"{name}, {wrong}, {result}")
             assert not np.array_equal(found["query"][2], expected["query"][2])
 
