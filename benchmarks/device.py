@@ -262,8 +262,10 @@ def _scaled_chain(
 ) -> Runner:
     """The chain of `fn(x, scale)`, where each result gives the next scale, of ones always one."""
     one = jnp.ones((), jnp.float32)
-    feed = lambda x, out: (x[0], out.ravel()[0])  # noqa: E731
-    return jax_chain(lambda x: fn(*x), [(x, one) for x in sets], feed, num_calls)
+    pairs = [(x, one) for x in sets]
+    return jax_chain(
+        lambda pair: fn(*pair), pairs, lambda pair, out: (pair[0], out.ravel()[0]), num_calls
+    )
 
 
 _POOL = concurrent.futures.ThreadPoolExecutor()
