@@ -122,7 +122,65 @@ def test_streams(head_dim, page_size, options, monkeypatch):
         problem.check("native")
 
 
-def test_streams_where_nothing_else_is_asked_for():
+@pytest.mark.parametrize("cache_dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("page_size", [None, 16, 48, 96])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"k_scale": "head", "v_scale": "head", "dtype": "float16"},
+        {"query_len": 3, "causal": "bottom_right", "sinks": True, "v_scale": "head"},
+        {"query_len": 5, "causal": "bottom_right", "sliding_window": 37, "num_q_heads": 6},
+        {"num_q_heads": 2, "num_splits": 5, "k_scale": "head"},
+    ],
+    ids=repr,
+)
+def test_streams_of_8_bits(cache_dtype, head_dim, page_size, options, monkeypatch):
+    rng = np.random.default_rng(head_dim)
+    problem = support.dense(
+        rng,
+        batch=len(LENGTHS),
+        head_dim=head_dim,
+        kv_len=960,
+        lengths=LENGTHS,
+        cache_dtype=cache_dtype,
+        **{"num_q_heads": 8, "dtype": "bfloat16", **options},
+    )
+    problem = support.poison(problem)
+    if page_size is not None:
+        layers = 2 if page_size == 48 else None
+        layout = "HND" if head_dim == 64 else "NHD"
+        problem = support.paged(problem, rng, page_size, layout, layers, scale_per_layer=True)
+    problem.check("native")
+    rows = options.get("query_len", 1) * options.get("num_q_heads", 8) // 2
+    if "stream" in jax_attn.ffi.variants(PLATFORM) and (head_dim < 256 or rows <= 8):
+        support.use_variant("stream", monkeypatch)
+        problem.check("native")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("cache_dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
+def test_queries_of_any_size(dtype, cache_dtype):
+    # Beside an 8-bit cache they are multiplied as float16, whatever they are.
+    large, small = (60, -60) if dtype == "bfloat16" else (13, -10)
+    x = support.dense(
+        np.random.default_rng(0),
+        num_q_heads=8,
+        head_dim=128,
+        kv_len=300,
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+        scale=2.0 ** (-large - 3),
+    )
+    powers = np.where(np.arange(8) % 3 == 0, small, large)[:, None]
+    query = x.query.astype(np.float64) * 2.0**powers
+    x.replace(query=query.astype(x.query.dtype)).check("native")
+    tiny = (x.query.astype(np.float64) * 2.0**small).astype(x.query.dtype)
+    x.replace(query=tiny, scale=2.0 ** (-small - 3)).check("native")
+
+
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8", "float8_e4m3fn"])
+def test_streams_where_nothing_else_is_asked_for(cache_dtype):
     # Without lengths the host knows where entries are cut; the last two are cut in half.
     sizes = [(1, 5000, 128), (3, 1000, 128), (40, 400, 128), (7, 9, 64), (20, 2048, 64)]
     for batch, kv_len, head_dim in [*sizes, (20, 4096, 256)]:
@@ -132,6 +190,7 @@ def test_streams_where_nothing_else_is_asked_for():
             kv_len=kv_len,
             head_dim=head_dim,
             dtype="bfloat16",
+            cache_dtype=cache_dtype,
             sinks=True,
         )
         x.check("native")
@@ -219,7 +278,8 @@ def test_captured_and_replayed(size):
 @pytest.mark.parametrize("batch", [1, 3, 16])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("ragged", [False, True])
-def test_calls_that_follow_each_other(batch, head_dim, ragged):
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "float8_e4m3fn"])
+def test_calls_that_follow_each_other(batch, head_dim, ragged, cache_dtype):
     # With nothing between them each starts before the one ends whose results it reads.
     rng = np.random.default_rng(batch)
     x = support.dense(
@@ -229,6 +289,7 @@ def test_calls_that_follow_each_other(batch, head_dim, ragged):
         head_dim=head_dim,
         kv_len=3000,
         dtype="bfloat16",
+        cache_dtype=cache_dtype,
         lengths=rng.integers(1, 3001, batch) if ragged else None,
     )
     arrays = {name: jnp.asarray(array) for name, array in x.arrays.items()}
@@ -275,7 +336,8 @@ def test_fixed_split_size_is_independent_of_the_batch():
             np.testing.assert_array_equal(a, c[b : b + 1])
 
 
-def test_explain():
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8", "float8_e5m2"])
+def test_explain(cache_dtype):
     x = support.dense(
         np.random.default_rng(0),
         batch=1,
@@ -283,6 +345,7 @@ def test_explain():
         head_dim=128,
         kv_len=8192,
         dtype="bfloat16",
+        cache_dtype=cache_dtype,
     )
     arrays = {k: jnp.asarray(v) for k, v in x.arrays.items()}
     best = jax_attn.ffi.variants(PLATFORM)[0]

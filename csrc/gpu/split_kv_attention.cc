@@ -55,12 +55,30 @@ const void* FindSplitKernel(DType stored, const KernelShape& shape) {
   return nullptr;
 }
 
+const void* FindStreamKernel(DType stored, const KernelShape& shape) {
+  switch (stored) {
+    case DType::kBFloat16:
+      return StreamKernelOf<DType::kBFloat16>(shape);
+    case DType::kFloat16:
+      return StreamKernelOf<DType::kFloat16>(shape);
+    case DType::kInt8:
+      return StreamKernelOf<DType::kInt8>(shape);
+    case DType::kFloat8E4M3FN:
+      return StreamKernelOf<DType::kFloat8E4M3FN>(shape);
+    case DType::kFloat8E5M2:
+      return StreamKernelOf<DType::kFloat8E5M2>(shape);
+    default:
+      return nullptr;
+  }
+}
+
 std::string Describe(Error error) {
   return std::string("a kernel could not be launched: ") + ErrorString(error);
 }
 
-StreamParams StreamParamsOf(const SplitKvAttentionParams& p) {
-  StreamParams s = {};
+// Kernels without scales take the first part of it.
+ScaledStreamParams StreamParamsOf(const SplitKvAttentionParams& p) {
+  ScaledStreamParams s = {};
   s.causal = p.causal;
   s.query_len = static_cast<int32_t>(p.query_len);
   s.num_q_heads = static_cast<int32_t>(p.num_q_heads);
@@ -87,6 +105,11 @@ StreamParams StreamParamsOf(const SplitKvAttentionParams& p) {
   s.out = p.out;
   s.lse = p.lse;
   s.lse_includes_sinks = p.lse_includes_sinks;
+  const auto scale = [](const ScaleOperand& x) -> ScaledStreamParams::Scale {
+    return {x.data, x.batch.strides[0], x.layer_stride, x.head_stride};
+  };
+  s.k_scale = scale(p.k_scale);
+  s.v_scale = scale(p.v_scale);
   return s;
 }
 
@@ -94,21 +117,23 @@ struct TokenMaps {
   TensorMap key, value;
 };
 
-// Describes keys or values: 64 elements, tokens, pieces of 64 elements of a head, heads, and pages
-// or sequences. A copy takes a tile of one head.
+// Describes keys or values: a line of up to 128 bytes, tokens, the lines of a head, heads, and
+// pages or sequences. A copy takes a tile of one head, or a part of it.
 bool MapTokens(const SplitKvAttentionParams& p, const KvOperand& x, const KernelShape& shape,
                TensorMap& map) {
-  const int64_t bytes = SizeOf(x.dtype), pieces = p.head_dim / 64;
+  const int64_t bytes = SizeOf(x.dtype), row_bytes = p.head_dim * bytes;
+  const int64_t line_bytes = std::min<int64_t>(row_bytes, 128), pieces = row_bytes / line_bytes;
   const bool paged = p.page_size != 0;
   const int64_t outer = paged ? p.num_pages * std::max<int64_t>(1, p.num_layers) : p.batch.count;
   const int64_t outer_stride = paged ? x.page_stride : x.batch.strides[0];
   TensorShape tensor;
   tensor.data = x.data;
+  tensor.line_bytes = static_cast<uint32_t>(line_bytes);
   const int64_t sizes[] = {paged ? p.page_size : p.kv_len, pieces, p.num_kv_heads,
                            outer_stride == 0 ? 1 : outer};
-  const int64_t strides[] = {x.token_stride, 64, x.head_stride,
+  const int64_t strides[] = {x.token_stride, line_bytes / bytes, x.head_stride,
                              outer_stride == 0 ? x.token_stride : outer_stride};
-  const int64_t box[] = {shape.tile_keys, pieces, 1, 1};
+  const int64_t box[] = {StreamBoxKeys(shape.tile_keys, shape.max_dim, p.page_size), pieces, 1, 1};
   for (int i = 0; i < 4; ++i) {
     tensor.sizes[i] = static_cast<uint64_t>(sizes[i]);
     tensor.strides[i] = static_cast<uint64_t>(strides[i] * bytes);
@@ -167,11 +192,11 @@ std::string LaunchKernels(const SplitKvAttentionParams& params, SplitPlan plan, 
     w.partials += EndsSize(w);
   }
   const bool streams = plan.shape.stream;
-  const void* kernel =
-      streams ? StreamKernelOf(p.key.dtype, plan.shape) : FindSplitKernel(p.key.dtype, plan.shape);
+  const void* kernel = streams ? FindStreamKernel(p.key.dtype, plan.shape)
+                               : FindSplitKernel(p.key.dtype, plan.shape);
   if (kernel == nullptr) return "there is no kernel of this shape";
 
-  StreamParams stream_params = {};
+  ScaledStreamParams stream_params = {};
   if (streams) stream_params = StreamParamsOf(p);
   void* args[] = {&p, &w};
   void* stream_args[] = {&maps.key, &maps.value, &stream_params, &w};

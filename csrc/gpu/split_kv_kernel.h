@@ -260,13 +260,34 @@ struct StreamParams {
   bool lse_includes_sinks;
 };
 
+// The same of 8-bit caches. Their scales are those of heads, or one for all.
+struct ScaledStreamParams : StreamParams {
+  struct Scale {
+    const float* data;  // null: 1
+    int64_t batch_stride, layer_stride, head_stride;
+  };
+  Scale k_scale, v_scale;
+};
+
+// Tiles have this many bytes of keys, and of values, for each element of a head: those of 16 keys
+// of 16 bits, or of 32 keys of 8.
+inline constexpr int kStreamRowBytes = 32;
+inline constexpr int kStreamMinKeys = 16;  // that a page has a multiple of
+
+constexpr int StreamTileKeys(int element_bytes) { return kStreamRowBytes / element_bytes; }
+
+// Keys that a copy takes: of one page, and in shared memory as if all tiles were copied so.
+constexpr int StreamBoxKeys(int tile_keys, int dim, int64_t page_size) {
+  return dim <= 128 && page_size % tile_keys == 0 ? tile_keys : kStreamMinKeys;
+}
+
 // Bytes between outputs that waves exchange; rows start in different banks.
 constexpr int StreamOutputStride(int dim) { return dim * 4 + 16; }
 
 // Shared memory of a stream kernel: rings, then what waves exchange at the end of an entry, then
 // barriers.
 constexpr int StreamStageBytes(const KernelShape& shape) {
-  return 2 * shape.tile_keys * shape.max_dim * 2;
+  return 2 * kStreamRowBytes * shape.max_dim;
 }
 constexpr int StreamRingBytes(const KernelShape& shape) {
   return shape.waves * shape.stages * StreamStageBytes(shape);
@@ -280,7 +301,7 @@ constexpr int StreamSharedBytes(const KernelShape& shape) {
 }
 
 // One block fills a core; its rings hold what a core must have under way.
-constexpr KernelShape StreamShape(int dim, int rows) {
+constexpr KernelShape StreamShape(int dim, int rows, int element_bytes) {
   KernelShape shape;
   shape.matrix = true;
   shape.stream = true;
@@ -288,7 +309,7 @@ constexpr KernelShape StreamShape(int dim, int rows) {
   shape.rows = rows;
   shape.waves = dim > 128 ? 4 : 8;
   shape.stages = dim > 64 ? (rows > 8 ? 2 : 3) : (rows > 8 ? 4 : 6);
-  shape.tile_keys = 16;
+  shape.tile_keys = StreamTileKeys(element_bytes);
   return shape;
 }
 

@@ -33,9 +33,10 @@ const void* MatrixKernelOf(const KernelShape& shape);
 template <DType kStored>
 const void* VectorKernelOf(const KernelShape& shape);
 
-// Stream kernels, of a type of queries, keys and values. They take two tensor maps, of keys and of
-// values, StreamParams and SplitWork.
-const void* StreamKernelOf(DType dtype, const KernelShape& shape);
+// Stream kernels, of a type of keys and values: the same as that of queries, or 8 bits wide. They
+// take two tensor maps, of keys and of values, StreamParams or ScaledStreamParams, and SplitWork.
+template <DType kStored>
+const void* StreamKernelOf(const KernelShape& shape);
 
 const void* MergeKernelOf();
 const void* StreamMergeKernelOf();

@@ -65,19 +65,32 @@ KernelShape ChooseMatrix(const SplitKvAttentionParams& p, int wave_size) {
                      kCopiesThroughRegisters);
 }
 
+// Whether stream kernels have the types of a problem.
+bool HasStreamTypes(const SplitKvAttentionParams& p) {
+  if (!Is16Bit(p.query_dtype)) return false;
+  switch (p.key.dtype) {
+    case DType::kInt8:
+    case DType::kFloat8E4M3FN:
+    case DType::kFloat8E5M2:
+      return true;
+    default:
+      return p.key.dtype == p.query_dtype && p.k_scale.data == nullptr && p.v_scale.data == nullptr;
+  }
+}
+
 // The stream kernel for a problem; without rows if there is none.
 KernelShape ChooseStream(const SplitKvAttentionParams& p, const Device& device) {
-  const KernelShape matrix = ChooseMatrix(p, device.wave_size);
-  const bool plain = Is16Bit(p.key.dtype) && matrix.rows != 0 && !matrix.extras &&
-                     p.k_scale.data == nullptr && p.v_scale.data == nullptr;
-  if (!device.tensor_maps || !plain || p.batch.num_dims > 1) return {};
+  if (!device.tensor_maps || !HasStreamTypes(p) || HasExtras(p) || p.batch.num_dims > 1) return {};
   if (p.kv_len == 0 || p.num_pages * std::max<int64_t>(1, p.num_layers) >= kMaxPages) return {};
-  if (p.head_dim != p.v_head_dim || p.head_dim != matrix.max_dim || p.head_dim > 256) return {};
+  const int64_t dim = p.head_dim;
+  if (dim != p.v_head_dim || (dim != 64 && dim != 128 && dim != 256)) return {};
+  const bool many = p.query_len * p.group_size() > kMatrixRows[0];
   // There are no registers for so many accumulators.
-  if (p.head_dim == 256 && matrix.rows > kMatrixRows[0]) return {};
-  const KernelShape shape = StreamShape(matrix.max_dim, matrix.rows);
-  // A tile has keys of one page.
-  if (p.page_size % shape.tile_keys != 0) return {};
+  if (dim == 256 && many) return {};
+  const KernelShape shape =
+      StreamShape(static_cast<int>(dim), kMatrixRows[many], static_cast<int>(SizeOf(p.key.dtype)));
+  // A copy has keys of one page.
+  if (p.page_size % kStreamMinKeys != 0) return {};
   // Tensor maps have one stride for the batch, and none of 0.
   const int64_t k_stride = p.key.batch.strides[0], v_stride = p.value.batch.strides[0];
   if ((k_stride == 0) != (v_stride == 0)) return {};

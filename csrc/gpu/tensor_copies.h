@@ -72,8 +72,9 @@ JAX_ATTN_DEVICE void OrderStoresBeforeCopies() {
 }
 
 // Copies the box at element 0, `row`, half 0, `head`, `outer` to shared memory, a multiple of 1024
-// bytes. There, piece i of 16 bytes of a line of 128 is at i ^ line % 8. What lies outside the
-// tensor is 0. What is read is not read again, so that L2 gives it up first.
+// bytes. There, piece i of 16 bytes of a line of 128 is at i ^ line % 8, of a line of 64 at
+// i ^ line / 2 % 4. What lies outside the tensor is 0. What is read is not read again, so that L2
+// gives it up first.
 JAX_ATTN_DEVICE void TensorCopy(uint32_t to, const TensorMap& map, const CopyBarrier& barrier,
                                 int row, int head, int outer) {
   constexpr uint64_t kEvictFirst = 0x12F0000000000000;  // as createpolicy makes it

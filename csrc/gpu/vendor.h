@@ -88,10 +88,11 @@ struct alignas(64) TensorMap {
 };
 #endif
 
-// A tensor of 16-bit elements. The innermost dimension has 64 of them, which are consecutive.
+// A tensor of lines of 64 or 128 bytes.
 struct TensorShape {
   const void* data = nullptr;
-  uint64_t sizes[4] = {};    // of the other dimensions
+  uint32_t line_bytes = 128;
+  uint64_t sizes[4] = {};    // of the dimensions, in lines
   uint64_t strides[4] = {};  // bytes
   uint32_t box[4] = {};      // what one copy takes of them
 };
@@ -102,8 +103,8 @@ inline bool MakeTensorMap(const TensorShape& shape, TensorMap& map) {
 #if JAX_ATTN_NVIDIA
   static const EncodeTensorMap encode = FindEncodeTensorMap();
   if (encode == nullptr) return false;
-  cuuint64_t sizes[5] = {64}, strides[4];
-  cuuint32_t box[5] = {64}, steps[5] = {1, 1, 1, 1, 1};
+  cuuint64_t sizes[5] = {shape.line_bytes / 2}, strides[4];
+  cuuint32_t box[5] = {shape.line_bytes / 2}, steps[5] = {1, 1, 1, 1, 1};
   for (int i = 0; i < 4; ++i) {
     sizes[i + 1] = shape.sizes[i];
     strides[i] = shape.strides[i];
@@ -111,7 +112,8 @@ inline bool MakeTensorMap(const TensorShape& shape, TensorMap& map) {
   }
   // Asking L2 for more than a copy needs makes it 10 % slower.
   return encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, const_cast<void*>(shape.data), sizes,
-                strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                shape.line_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
                 CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 #else
   (void)shape;

@@ -1,0 +1,11 @@
+// Copyright 2026 The jax_attn Authors
+// SPDX-License-Identifier: Apache-2.0
+
+#include "split_kv_stream_kernels.h"
+
+namespace jax_attn::gpu {
+
+template const void* StreamKernelOf<DType::kFloat8E4M3FN>(const KernelShape&);
+template const void* StreamKernelOf<DType::kFloat8E5M2>(const KernelShape&);
+
+}  // namespace jax_attn::gpu

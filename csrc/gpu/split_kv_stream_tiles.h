@@ -1,0 +1,222 @@
+// Copyright 2026 The jax_attn Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// The tiles of a stream kernel: which a wave has, and how they come to its ring.
+
+#ifndef JAX_ATTN_CSRC_GPU_SPLIT_KV_STREAM_TILES_H_
+#define JAX_ATTN_CSRC_GPU_SPLIT_KV_STREAM_TILES_H_
+
+#include <cstdint>
+
+#include "split_kv_finish.h"
+#include "split_kv_work.h"
+#include "tensor_copies.h"
+
+#if JAX_ATTN_TENSOR_COPIES
+
+namespace jax_attn::gpu {
+
+// The tile that a wave is at, in the parts of its block. Tiles begin at multiples of their keys,
+// so that none has keys of two pages.
+template <int kTileKeys, int kWaves>
+class TileWalk {
+ public:
+  JAX_ATTN_DEVICE TileWalk(const StreamParams& p, const SplitWork& w, int group, int wave)
+      : p_(p), w_(w), wave_(wave), parts_(p, w, group) {
+    more_ = NextPart();
+  }
+
+  static constexpr int kStep = kTileKeys * kWaves;
+
+  // Whether there is a part.
+  JAX_ATTN_DEVICE bool more() const { return more_; }
+  // Whether the wave has another tile in the part.
+  JAX_ATTN_DEVICE bool InPart() const { return key_ < keys_.end; }
+  JAX_ATTN_DEVICE void NextTile() { key_ += kStep; }
+
+  JAX_ATTN_DEVICE bool NextPart() {
+    if (!parts_.More()) return false;
+    const Entry entry(p_, w_, parts_.entry());
+    if (!parts_.Next(w_, entry, keys_, slot_)) return false;
+    rows_ = entry;
+    context_ = entry.context;
+    common_ = {max(entry.common.begin, keys_.begin), min(entry.common.end, keys_.end)};
+    key_ = keys_.begin / kTileKeys * kTileKeys + wave_ * kTileKeys;
+    return true;
+  }
+
+  JAX_ATTN_DEVICE int key() const { return key_; }  // the first of the tile
+  JAX_ATTN_DEVICE const KeyRange& keys() const { return keys_; }
+  JAX_ATTN_DEVICE const KeyRange& common() const { return common_; }  // that all rows see
+  JAX_ATTN_DEVICE const EntryRows& rows() const { return rows_; }
+  JAX_ATTN_DEVICE const Context& context() const { return context_; }
+  JAX_ATTN_DEVICE int64_t slot() const { return slot_; }
+  JAX_ATTN_DEVICE int wave() const { return wave_; }
+  JAX_ATTN_DEVICE int num_batches() const { return w_.row_blocks.Divide(w_.num_entries); }
+  JAX_ATTN_DEVICE ShareEnd End() const { return parts_.End(); }
+
+ private:
+  const StreamParams& p_;
+  const SplitWork& w_;
+  int wave_;
+  Parts parts_;
+  bool more_;
+  EntryRows rows_;
+  Context context_;
+  KeyRange keys_, common_;
+  int64_t slot_;
+  int key_;
+};
+
+// Row `row` of an entry in the queries.
+JAX_ATTN_DEVICE const uint16_t* QueryRow(const StreamParams& p, const EntryRows& rows, int kv_head,
+                                         int row, int dim) {
+  return static_cast<const uint16_t*>(p.query) + p.query_stride * rows.batch_index +
+         RowIndex(p, kv_head, rows.first_row + row) * dim;
+}
+
+// The copies of a wave.
+template <int kDim, int kTileKeys, int kWaves, int kStages>
+class TileStream {
+ public:
+  static constexpr int kSideBytes = kStreamRowBytes * kDim;
+
+  JAX_ATTN_DEVICE TileStream(const TensorMap& k, const TensorMap& v, const StreamParams& p,
+                             const TileWalk<kTileKeys, kWaves>& walk, int kv_head, char* ring,
+                             uint64_t* barriers, bool active)
+      : k_(k), v_(v), p_(p), kv_head_(kv_head), ring_(ring), barriers_(barriers), walk_(walk) {
+    if (p.page_size != 0 && p.layer != nullptr) {
+      first_page_ = min(max(*p.layer, 0), p.num_layers - 1) * p.num_pages;
+    }
+    in_parts_ = StreamBoxKeys(kTileKeys, kDim, p.page_size) < kTileKeys;
+    active_ = active && walk_.more();
+    if (active_) BeginPart();
+#pragma unroll 1
+    for (int i = 0; i < kStages; ++i) Begin(i);
+  }
+
+  // The next tile, once it is there.
+  JAX_ATTN_DEVICE char* Wait() const {
+    CopyBarrier(barriers_ + stage_).Wait(parity_);
+    return ring_ + stage_ * (2 * kSideBytes);
+  }
+
+  // Gives up the tile, so that another can take its place.
+  JAX_ATTN_DEVICE void Release() {
+    WaveFence();  // all lanes have read it
+    Begin(stage_);
+    if (++stage_ == kStages) {
+      stage_ = 0;
+      parity_ ^= 1;
+    }
+  }
+
+ private:
+  using Walk = TileWalk<kTileKeys, kWaves>;
+  // Of a tile; each may come from a page of its own.
+  static constexpr int kParts = kTileKeys / kStreamMinKeys;
+  static_assert(kParts == 1 || kParts == 2);
+  static constexpr int kPagedTiles = kWave / kParts;  // that a wave has page ids of
+
+  // Begins the copy of the next tile, if there is one, to a stage that nobody reads.
+  JAX_ATTN_DEVICE void Begin(int stage) {
+    while (active_ && !walk_.InPart()) {
+      active_ = walk_.NextPart();
+      if (active_) BeginPart();
+    }
+    if (!active_) return;
+    int row = walk_.key(), outer = walk_.rows().batch_index * p_.kv_batch;
+    int second_row = row + kStreamMinKeys, second_outer = outer;
+    if (p_.page_size != 0) {
+      if (tile_ == kPagedTiles) {
+        pages_ = next_pages_;
+        next_pages_ = LoadPages(walk_.key() + kPagedTiles * Walk::kStep);
+        tile_ = 0;
+      }
+      outer = PageAt(tile_ * kParts);
+      row = p_.pages.Remainder(row);
+      if constexpr (kParts > 1) {
+        second_outer = PageAt(tile_ * kParts + 1);
+        second_row = p_.pages.Remainder(second_row);
+      }
+      ++tile_;
+    }
+    if (Lane() == 0) {
+      const CopyBarrier barrier(barriers_ + stage);
+      const uint32_t to = SharedAddress(ring_) + stage * (2 * kSideBytes);
+      barrier.Expect(2 * kSideBytes);
+      TensorCopy(to, k_, barrier, row, kv_head_, outer);
+      TensorCopy(to + kSideBytes, v_, barrier, row, kv_head_, outer);
+      if constexpr (kParts > 1) {
+        if (in_parts_) {
+          const uint32_t second = to + kSideBytes / kParts;
+          TensorCopy(second, k_, barrier, second_row, kv_head_, second_outer);
+          TensorCopy(second + kSideBytes, v_, barrier, second_row, kv_head_, second_outer);
+        }
+      }
+    }
+    walk_.NextTile();
+  }
+
+  // Page `i` of those that were loaded.
+  JAX_ATTN_DEVICE int PageAt(int i) const {
+    // Ids outside the pool are the caller's error; clipping them keeps every read inside it.
+    return first_page_ + min(max(Broadcast(pages_, i), 0), p_.num_pages - 1);
+  }
+
+  // What a wave reads before it can work on the part is asked for before the tiles of the part,
+  // since later requests wait behind them.
+  JAX_ATTN_DEVICE void BeginPart() {
+    if (walk_.wave() == 0) PrefetchQueries();
+    if (p_.page_size == 0) return;
+    if (walk_.wave() == 0) PrefetchPagesOfNextEntry();
+    pages_ = LoadPages(walk_.key());
+    next_pages_ = LoadPages(walk_.key() + kPagedTiles * Walk::kStep);
+    tile_ = 0;
+  }
+
+  JAX_ATTN_DEVICE void PrefetchQueries() const {
+    constexpr int kLines = kDim * 2 / 128;
+    const EntryRows& rows = walk_.rows();
+    for (int i = Lane(); i < rows.num_rows * kLines; i += kWave) {
+      PrefetchLine(QueryRow(p_, rows, kv_head_, i / kLines, kDim) + i % kLines * 64);
+    }
+  }
+
+  // The first ones that LoadPages will ask for, if the entry is not the last.
+  JAX_ATTN_DEVICE void PrefetchPagesOfNextEntry() const {
+    const int64_t next = walk_.rows().batch_index + 1;
+    const int key = Lane() * Walk::kStep;
+    if (next >= walk_.num_batches() || key >= p_.kv_len) return;
+    PrefetchLine(p_.page_table.At(p_.batch, next) + p_.pages.Divide(key));
+  }
+
+  // Page ids of kPagedTiles tiles, a lane for each part of one.
+  JAX_ATTN_DEVICE int LoadPages(int first_key) const {
+    const int part = Lane() % kParts * kStreamMinKeys;
+    const int key = first_key + Lane() / kParts * Walk::kStep + part;
+    if (key >= walk_.keys().end) return 0;
+    return p_.page_table.At(p_.batch, walk_.rows().batch_index)[p_.pages.Divide(key)];
+  }
+
+  const TensorMap& k_;
+  const TensorMap& v_;
+  const StreamParams& p_;
+  int kv_head_;
+  char* ring_;
+  uint64_t* barriers_;
+  Walk walk_;
+  bool active_;
+  bool in_parts_;
+  int stage_ = 0;
+  uint32_t parity_ = 0;
+  int first_page_ = 0;
+  int tile_ = 0;  // in pages_
+  int pages_ = 0, next_pages_ = 0;
+};
+
+}  // namespace jax_attn::gpu
+
+#endif  // JAX_ATTN_TENSOR_COPIES
+
+#endif  // JAX_ATTN_CSRC_GPU_SPLIT_KV_STREAM_TILES_H_
