@@ -96,21 +96,30 @@ JAX_ATTN_DEVICE void Widen(uint32_t bytes, uint32_t& low, uint32_t& high) {
   }
 #if __CUDA_ARCH__ >= 890
   if constexpr (kFrom == DType::kFloat8E4M3FN || kFrom == DType::kFloat8E5M2) {
-    uint32_t words[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint16_t pair = static_cast<uint16_t>(bytes >> (16 * i));
-      if constexpr (kFrom == DType::kFloat8E4M3FN) {
-        asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(words[i]) : "h"(pair));
-      } else {
-        asm("cvt.rn.f16x2.e5m2x2 %0, %1;" : "=r"(words[i]) : "h"(pair));
-      }
-      if constexpr (kTo == DType::kBFloat16) {
-        words[i] = Pack<kTo>(FromFloat16(words[i] & 0xffffu), FromFloat16(words[i] >> 16));
-      }
+    // The instruction takes either half of a register, which a shift in C++ does not become.
+    if constexpr (kFrom == DType::kFloat8E4M3FN) {
+      asm("{\n"
+          ".reg .b16 first, second;\n"
+          "mov.b32 {first, second}, %2;\n"
+          "cvt.rn.f16x2.e4m3x2 %0, first;\n"
+          "cvt.rn.f16x2.e4m3x2 %1, second;\n"
+          "}"
+          : "=&r"(low), "=r"(high)
+          : "r"(bytes));
+    } else {
+      asm("{\n"
+          ".reg .b16 first, second;\n"
+          "mov.b32 {first, second}, %2;\n"
+          "cvt.rn.f16x2.e5m2x2 %0, first;\n"
+          "cvt.rn.f16x2.e5m2x2 %1, second;\n"
+          "}"
+          : "=&r"(low), "=r"(high)
+          : "r"(bytes));
     }
-    low = words[0];
-    high = words[1];
+    if constexpr (kTo == DType::kBFloat16) {
+      low = Pack<kTo>(FromFloat16(low & 0xffffu), FromFloat16(low >> 16));
+      high = Pack<kTo>(FromFloat16(high & 0xffffu), FromFloat16(high >> 16));
+    }
     return;
   }
 #endif
@@ -118,6 +127,22 @@ JAX_ATTN_DEVICE void Widen(uint32_t bytes, uint32_t& low, uint32_t& high) {
   low = Pack<kTo>(FromByte<kFrom>(bytes), FromByte<kFrom>(bytes >> 8));
   high = Pack<kTo>(FromByte<kFrom>(bytes >> 16), FromByte<kFrom>(bytes >> 24));
 }
+
+#if JAX_ATTN_NVIDIA
+// The same, but of bytes 0 and 2, and of bytes 1 and 3.
+template <DType kFrom, DType kTo>
+JAX_ATTN_DEVICE void WidenAcross(uint32_t bytes, uint32_t& low, uint32_t& high) {
+  if constexpr (kTo == DType::kFloat16 && kFrom == DType::kInt8) {
+    const uint32_t codes = bytes ^ 0x80808080u;
+    low = __byte_perm(codes, 0x64646464u, 0x4240);
+    high = __byte_perm(codes, 0x64646464u, 0x4341);
+    asm("sub.rn.f16x2 %0, %0, %1;" : "+r"(low) : "r"(0x64806480u));
+    asm("sub.rn.f16x2 %0, %0, %1;" : "+r"(high) : "r"(0x64806480u));
+  } else {
+    Widen<kFrom, kTo>(__byte_perm(bytes, 0, 0x3120), low, high);
+  }
+}
+#endif
 
 // What one stored word holds: 1 to 4 elements, as floats.
 template <DType kDType>

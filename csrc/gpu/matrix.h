@@ -119,7 +119,7 @@ struct Fragments {
                    : "memory");
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        Widen<Stored, T>(__byte_perm(bytes[i], 0, 0x3120), a.words[2 * i], a.words[2 * i + 1]);
+        WidenAcross<Stored, T>(bytes[i], a.words[2 * i], a.words[2 * i + 1]);
       }
     }
     return a;

@@ -221,7 +221,7 @@ class StreamCore {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         uint32_t* const words = a[i / 2].words + i % 2 * 2;
-        Widen<kStored, kT>(__byte_perm(bytes[i], 0, 0x3120), words[0], words[1]);
+        WidenAcross<kStored, kT>(bytes[i], words[0], words[1]);
       }
     } else {
       LoadMatricesTransposed(Piece(row, 2 * h), a[0].words);

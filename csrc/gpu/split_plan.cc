@@ -24,6 +24,8 @@ constexpr double kMergePerSplit = 20;
 
 // The same of stream kernels. Half of the cores read nearly as fast as all.
 constexpr double kStreamPerCore = 63;
+constexpr double kStreamNarrowPerCore = 42;  // of heads of 64 bytes
+constexpr double kStreamManyPerCore = 36;    // of 8-bit caches with many rows, which compute more
 constexpr double kStreamStart = 2500;
 constexpr double kStreamNextEntry = 200;
 constexpr double kStreamMerge = 3500;
@@ -141,6 +143,12 @@ bool FormsClusters(const SplitPlan& plan, int64_t units, int64_t share) {
          units == share * kMaxCluster;
 }
 
+double StreamRate(const SplitKvAttentionParams& p, const KernelShape& shape) {
+  if (Is16Bit(p.key.dtype)) return kStreamPerCore;
+  if (shape.rows > kMatrixRows[0]) return kStreamManyPerCore;
+  return p.head_dim == 64 ? kStreamNarrowPerCore : kStreamPerCore;
+}
+
 int64_t PlanGroups(const SplitKvAttentionParams& p, const SplitPlan& plan, const Device& device) {
   const int64_t total = UnitsPerEntry(p, plan.work) * plan.work.num_entries;
   const int64_t at_once =
@@ -194,8 +202,8 @@ double EstimateTime(const SplitKvAttentionParams& p, const SplitPlan& plan, cons
     // Blocks come in rounds, one a core; few of them do not reach the rate of all.
     const double rounds = std::ceil(blocks / cores);
     const double busy = std::min(blocks, cores);
-    const double rate =
-        std::min(kStreamPerCore * busy, kBytesPerCore * cores * (0.84 + 0.15 * busy / cores));
+    const double rate = std::min(StreamRate(p, plan.shape) * busy,
+                                 kBytesPerCore * cores * (0.84 + 0.15 * busy / cores));
     const double bytes = busy * static_cast<double>(share) * unit_bytes;
     const double merge = FormsClusters(plan, static_cast<int64_t>(units), share) ? kStreamCluster
                          : cuts ? kStreamMerge + kMergePerSplit * splits
