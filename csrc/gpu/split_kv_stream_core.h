@@ -168,9 +168,8 @@ class StreamCore {
   static constexpr int kPieceBytes = kStreamMinKeys * kLineBytes;  // lines of all keys of a box
   static constexpr int kSideBytes = kStreamRowBytes * kDim;
   static_assert(kStreamMinKeys == kFragmentKeys && kRowBytes % 64 == 0);
-  // Two sums, of every other step, are not as long a wait as one. Of many keys and rows there are
-  // enough.
-  static constexpr bool kHalvesSums = kParts * kBlocks < 4;
+  // Two sums, of every other step, are not as long a wait as one. With more keys there are two.
+  static constexpr bool kHalvesSums = kParts == 1;
   // Weights are up to 2^this, so that those of many keys do not vanish in float16 together.
   static constexpr float kLargestWeight = kBytes ? 15.0f : 0.0f;
 

@@ -139,8 +139,10 @@ int64_t BlocksPerCore(const SplitPlan& plan, const Device& device) {
 
 // Whether the blocks that have an entry merge what they find by themselves.
 bool FormsClusters(const SplitPlan& plan, int64_t units, int64_t share) {
+  // Blocks that share lines of memory, since their heads have half of one, are to be neighbours.
+  const bool share_lines = kStreamRowBytes * plan.shape.max_dim < 128 * plan.shape.tile_keys;
   return plan.shape.stream && plan.shape.rows == kMatrixRows[0] && plan.work.uniform &&
-         units == share * kMaxCluster;
+         units == share * kMaxCluster && !share_lines;
 }
 
 double StreamRate(const SplitKvAttentionParams& p, const KernelShape& shape) {
