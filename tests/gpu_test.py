@@ -241,6 +241,25 @@ def test_balanced_batches(batch, lengths, monkeypatch):
     check(problem, monkeypatch)
 
 
+@pytest.mark.parametrize("kv_len, scratch", [(512, False), (16384, True)])
+def test_short_contexts_are_balanced_only_if_that_pays(kv_len, scratch):
+    # Otherwise an entry's blocks have all of it, whatever its length, and nothing is merged.
+    x = support.dense(
+        np.random.default_rng(0),
+        batch=4,
+        num_q_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        kv_len=kv_len,
+        dtype="bfloat16",
+        lengths=[kv_len, 1, 0, kv_len // 2 + 3],
+    )
+    x.check("native")
+    arrays = {k: jnp.asarray(v) for k, v in x.arrays.items()}
+    (call,) = jax_attn.explain(jax_attn.split_kv_attention)(**arrays)
+    assert (call.scratch_bytes > 0) == scratch
+
+
 def decode(step, query, key, value, lengths):
     def body(query, _):
         out, lse = jax_attn.split_kv_attention(

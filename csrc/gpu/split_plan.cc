@@ -166,6 +166,36 @@ int64_t PlanGroups(const SplitKvAttentionParams& p, const SplitPlan& plan, const
   return best;
 }
 
+// Cuts each entry by itself, into up to `max_splits`.
+void CutEntries(const SplitKvAttentionParams& p, Cut cut, int64_t max_splits, SplitPlan& plan) {
+  SplitWork& w = plan.work;
+  w.cut = cut;
+  w.max_splits = static_cast<int32_t>(std::max<int64_t>(1, max_splits));
+  w.num_groups = w.num_entries * w.max_splits;
+  w.splits = Divisor(w.max_splits);
+  plan.num_splits = w.max_splits;
+  plan.merges = w.max_splits > 1;
+  if (plan.merges) {
+    plan.workspace_size = w.num_slots() * p.num_kv_heads * w.partial_stride;
+  }
+}
+
+// Whether balancing contexts of different lengths gains nothing, where a group would have one of
+// full length: at best it saves all but an equal share of the longest, and then it merges.
+bool BalancingIsIdle(const SplitKvAttentionParams& p, const SplitPlan& plan, const Device& device,
+                     int64_t groups) {
+  const SplitWork& w = plan.work;
+  if (w.uniform || groups != w.num_entries || groups * p.num_kv_heads > device.num_cores) {
+    return false;
+  }
+  SplitPlan whole = plan;
+  whole.work.uniform = true;
+  const double start = plan.shape.stream ? kStreamStart : kStart;
+  const double read = EstimateTime(p, whole, device, groups) - start;
+  const double merge = plan.shape.stream ? kStreamMerge : kMerge;
+  return read * (1 - 1.0 / static_cast<double>(groups)) <= merge;
+}
+
 }  // namespace
 
 void CutIntoShares(const SplitKvAttentionParams& p, int64_t num_groups, SplitPlan& plan) {
@@ -283,23 +313,21 @@ SplitPlan PlanSplits(const SplitKvAttentionParams& p, std::string_view variant,
   plan.shared_bytes = shape.stream ? StreamSharedBytes(shape)
                                    : SharedBytes(shape, p.head_dim, p.v_head_dim, element_bytes);
 
-  if (p.num_splits != 0 || p.split_size != 0) {
-    w.cut = p.split_size != 0 ? Cut::kSize : Cut::kCount;
+  if (p.split_size != 0) {
     w.split_size = std::min<int64_t>(p.split_size, int64_t{1} << 29);
-    const int64_t splits = p.split_size != 0 ? (p.kv_len + p.split_size - 1) / p.split_size
-                                             : std::min(p.num_splits, (p.kv_len + 15) / 16);
-    w.max_splits = static_cast<int32_t>(std::max<int64_t>(1, splits));
-    w.num_groups = w.num_entries * w.max_splits;
-    w.splits = Divisor(w.max_splits);
-    if (p.split_size != 0) w.split = Divisor(w.split_size);
-    plan.num_splits = w.max_splits;
-    plan.merges = w.max_splits > 1;
-    if (plan.merges) {
-      plan.workspace_size = w.num_slots() * p.num_kv_heads * w.partial_stride;
-    }
+    w.split = Divisor(w.split_size);
+    CutEntries(p, Cut::kSize, (p.kv_len + p.split_size - 1) / p.split_size, plan);
+    return plan;
+  }
+  if (p.num_splits != 0) {
+    CutEntries(p, Cut::kCount, std::min(p.num_splits, (p.kv_len + 15) / 16), plan);
     return plan;
   }
   int64_t groups = PlanGroups(p, plan, device);
+  if (BalancingIsIdle(p, plan, device, groups)) {
+    CutEntries(p, Cut::kCount, 1, plan);
+    return plan;
+  }
   CutIntoShares(p, groups, plan);
   while (plan.workspace_size > workspace_limit && groups > 1) CutIntoShares(p, --groups, plan);
   return plan;
