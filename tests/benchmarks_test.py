@@ -152,6 +152,22 @@ def test_small_sequences_with_groups_of_heads(run, tmp_path):
     assert (row["status"], row["bytes"]) == ("timed", 2 * 8 * 64 * (5 * 3 * 4 + 6 * 4 * 2))
 
 
+@pytest.mark.parametrize("factor", [1.1, float("nan")])
+def test_small_sequences_that_are_wrong(run, tmp_path, monkeypatch, factor):
+    import small_seq
+
+    path = tmp_path / "report.json"
+
+    def wrong(*arrays):
+        return factor * small_seq.einsum(*arrays)
+
+    monkeypatch.setitem(small_seq.JAX_PEERS, "xla_einsum", lambda case: wrong)
+    arguments = ["--case", "^b8_kv4_h64_n4_forward$", "--peer", "xla_einsum", "--json", str(path)]
+    assert small_seq.main([*arguments, "--quick"]) == 1
+    (row,) = json.loads(path.read_text())["results"]
+    assert row["status"] == "wrong" and "median_ms" not in row
+
+
 def test_sharded_attention(run, tmp_path):
     import sharded
 
