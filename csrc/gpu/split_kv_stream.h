@@ -141,7 +141,11 @@ __global__ void __launch_bounds__(kStreamThreads<kDim, kRows>, 1)
     constexpr int kRowStride = StreamOutputStride(kDim) / 4;
     const int at = is_spare ? 0 : wave * kRows;
     if (!is_spare || rehearses) core.Finish(outputs + at * kRowStride, tops + at, totals + at);
-    if (!rehearses) __syncthreads();
+    if (rehearses) {
+      WaveFence();  // its lanes read what they wrote
+    } else {
+      __syncthreads();
+    }
     if (!is_spare || rehearses) {
       const WaveResults results{outputs, kRows * kRowStride, kRowStride, tops, totals};
       const BlockThreads threads{is_spare ? Lane() : static_cast<int>(threadIdx.x), kWaves * kWave,
