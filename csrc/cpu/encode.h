@@ -67,29 +67,50 @@ inline U8Pair Narrow8(U32 low, U32 high) {
 // ---- Formats
 
 inline I32 IsNan(F32 v) { return v != v; }
-inline U32 SelectBits(I32 mask, U32 a, U32 b) {
-  const U32 m = reinterpret_cast<U32>(mask);
-  return (a & m) | (b & ~m);
+inline U32 SelectBits(I32 mask, U32 a, U32 b) { return mask ? a : b; }
+
+// The second operand unless the first is less, or greater: also if one of them is a NaN. Compilers
+// do not find these instructions by themselves.
+inline F32 Least(F32 a, F32 b) {
+#if defined(__AVX512F__)
+  const auto x = reinterpret_cast<__m512>(a), y = reinterpret_cast<__m512>(b);
+  return reinterpret_cast<F32>(_mm512_maskz_min_ps(0xffff, x, y));
+#elif defined(__AVX2__)
+  return reinterpret_cast<F32>(
+      _mm256_min_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#else
+  return Select(a < b, a, b);
+#endif
+}
+inline F32 Greatest(F32 a, F32 b) {
+#if defined(__AVX512F__)
+  const auto x = reinterpret_cast<__m512>(a), y = reinterpret_cast<__m512>(b);
+  return reinterpret_cast<F32>(_mm512_maskz_max_ps(0xffff, x, y));
+#elif defined(__AVX2__)
+  return reinterpret_cast<F32>(
+      _mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#else
+  return Select(a > b, a, b);
+#endif
 }
 
 // Code of a finite magnitude that the format can hold, rounded to nearest even.
 template <int kExponentBits, int kMantissaBits, int kBias>
 inline U32 EncodeMagnitude(F32 magnitude) {
   constexpr int kDropped = 23 - kMantissaBits;
-  const U32 bits = AsBits(magnitude);
-  const U32 rounded = bits + ((1u << (kDropped - 1)) - 1) + ((bits >> kDropped) & 1u);
-  const U32 normal = (rounded >> kDropped) - (static_cast<uint32_t>(127 - kBias) << kMantissaBits);
-  // Adding this puts the step between subnormals in the last bit of a float32.
-  constexpr uint32_t kStep = static_cast<uint32_t>(127 + 1 - kBias - kMantissaBits + 23) << 23;
-  const U32 subnormal = AsBits(magnitude + AsFloat(U32{} + kStep)) - kStep;
   constexpr uint32_t kLeastNormal = static_cast<uint32_t>(127 + 1 - kBias) << 23;
-  const I32 is_subnormal = reinterpret_cast<I32>(bits) < static_cast<int32_t>(kLeastNormal);
-  return SelectBits(is_subnormal, subnormal, normal);
+  // Subnormals have the step of the least normal numbers.
+  const U32 power =
+      AsBits(Greatest(AsFloat(AsBits(magnitude) & 0x7f800000u), AsFloat(U32{} + kLeastNormal)));
+  // Adding this puts the step between neighbours in the last bit of a float32.
+  const U32 shifter = power + (static_cast<uint32_t>(kDropped) << 23);
+  const U32 steps = AsBits(magnitude + AsFloat(shifter)) - shifter;
+  return steps + ((power - kLeastNormal) >> kDropped);
 }
 
 inline F32 Magnitude(F32 v) { return AsFloat(AsBits(v) & 0x7fffffffu); }
 inline U32 SignAt(F32 v, int bit) { return (AsBits(v) >> 31) << bit; }
-inline F32 AtMost(F32 v, float largest) { return Select(v > largest, Broadcast(largest), v); }
+inline F32 AtMost(F32 v, float largest) { return Least(Broadcast(largest), v); }
 
 // How rows of `Element` are decoded into floats in the order of memory, and encoded from them:
 // rounding to nearest even. Quantised formats saturate.
@@ -160,13 +181,34 @@ struct Format<DType::kInt8> {
   using Element = int8_t;
   using Packed = U8Pair;
   static constexpr float kLargest = 127.0f;
-  // NaN becomes 0. Adding 1.5 * 2^23 rounds to an integer in the low bits.
+  // NaN becomes 0.
+  static F32 NumberAtMost127(F32 v) { return AtMost(Select(v == v, v, F32{}), kLargest); }
+  // Conversions saturate at the lower end: integers of 32 bits, and then bytes.
+#if defined(__AVX512BW__)
+  static Packed Pack(F32 a, F32 b) {
+    const auto bytes = [](F32 v) {
+      const auto number = reinterpret_cast<__m512>(NumberAtMost127(v));
+      return _mm512_maskz_cvtsepi32_epi8(0xffff, _mm512_maskz_cvtps_epi32(0xffff, number));
+    };
+    return reinterpret_cast<Packed>(_mm256_set_m128i(bytes(b), bytes(a)));
+  }
+#elif defined(__AVX2__)
+  static Packed Pack(F32 a, F32 b) {
+    const auto integers = [](F32 v) {
+      return _mm256_cvtps_epi32(reinterpret_cast<__m256>(NumberAtMost127(v)));
+    };
+    const __m256i words =  // in order
+        _mm256_permute4x64_epi64(_mm256_packs_epi32(integers(a), integers(b)), 0xd8);
+    return reinterpret_cast<Packed>(
+        _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+  }
+#else
+  // Adding 1.5 * 2^23 rounds to an integer in the low bits.
   static U32 Encode(F32 v) {
-    const F32 above = Select(v < -128.0f, Broadcast(-128.0f), v);
-    const F32 clipped = AtMost(Select(IsNan(v), F32{}, above), kLargest);
-    return AsBits(clipped + 12582912.0f) & 0xffu;
+    return AsBits(Greatest(Broadcast(-128.0f), NumberAtMost127(v)) + 12582912.0f) & 0xffu;
   }
   static Packed Pack(F32 a, F32 b) { return Narrow8(Encode(a), Encode(b)); }
+#endif
 };
 
 template <int kExponentBits, int kMantissaBits, int kBias, int kNan, bool kNegativeZero>
