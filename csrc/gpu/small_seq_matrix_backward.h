@@ -234,7 +234,12 @@ class TileGradients {
 #pragma unroll
           for (int slot = 0; slot < KeySums<Shape>::kSlots; ++slot) {
 #pragma unroll
-            for (int e = 0; e < kPieceElements; ++e) dkeys[c].x[slot][e] += undo_ * sums.x[slot][e];
+            for (int e = 0; e < kPieceElements; ++e) {
+              // Summed here, not at the end of the loop: until then the factors take registers.
+              float &dkey = dkeys[c].x[slot][e], &dvalue = dvalues[c].x[slot][e];
+              dkey = FreshOfLane(dkey + undo_ * sums.x[slot][e]);
+              dvalue = FreshOfLane(dvalue);
+            }
           }
         }
         StoreQueryGradients(keys);
