@@ -229,6 +229,7 @@ class TileGradients {
         for (int c = 0; c < Shape::kChunks; ++c) {
           KeepOrder();
           of_rows.Sum(douts, c, dvalues[c].x);
+          if constexpr (kWave == 32) KeepOrder();  // factors of one sum at a time
           KeySums<Shape> sums;
           gradients_of_rows.Sum(queries, c, sums.x);
 #pragma unroll
