@@ -232,10 +232,17 @@ inline constexpr int kMostTileWaves = 2;
 inline constexpr int kPieceElements = 8;
 inline constexpr int kTileChunk = kWave == 64 ? 32 : 16;
 
+// The lane, from which nothing is computed in front of a loop where a wave of 32 has not the
+// registers to keep it.
+JAX_ATTN_DEVICE int TileLane() {
+  if constexpr (kWave == 64) return Lane();
+  return static_cast<int>(FreshOfLane(threadIdx.x) % kWave);
+}
+
 JAX_ATTN_DEVICE int RowOfSlot(int) { return Lane() % 16; }
 constexpr bool ShareRows(int bit, int rows) { return bit < rows || bit >= 16; }
 JAX_ATTN_DEVICE int TileElement(int chunk) {
-  return chunk * kTileChunk + Lane() / 16 * kPieceElements;
+  return chunk * kTileChunk + TileLane() / 16 * kPieceElements;
 }
 
 // Where a wave keeps 16 rows of up to kTileChunk numbers, to read columns of them: there is no
@@ -279,11 +286,13 @@ struct RowTile {
 
   template <typename Row, typename Wanted>
   JAX_ATTN_DEVICE void LoadSlots(Row row, Wanted is_wanted, int dim) {
-    const char* const from = row(0);
+    const int first = TileElement(0);
+    const char* const from = static_cast<const char*>(row(0)) + first * 2;
     const bool wanted = is_wanted(0);
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-      const uint4 x = LoadIf(wanted && TileElement(c) < dim, from + TileElement(c) * 2);
+      const int before = c * kTileChunk;
+      const uint4 x = LoadIf(wanted && first < dim - before, from + before * 2);
       words[c][0] = x.x;
       words[c][1] = x.y;
       words[c][2] = x.z;
@@ -345,7 +354,7 @@ struct Scores {
       }
     }
 #pragma unroll
-    for (int i = 0; i < kOwnKeys; ++i) At(0, i) = sums[i];
+    for (int i = 0; i < kOwnKeys; ++i) At(0, i) = FreshOfLane(sums[i]);  // here, not at its use
   }
 
   float x[kGroups][4] = {};

@@ -249,6 +249,9 @@ class RowGradients {
   // Keys whose gradients are summed in one pass.
   static constexpr int kSummed =
       (kManyRegisters ? 32 : 16) / (Team::kElements < 8 ? 8 : Team::kElements);
+  // Whether products with keys are found before values are loaded: both would take more than 256
+  // registers.
+  static constexpr bool kKeysFirst = Team::kPieces > 2;
 
   // Fills in the weights of a row and the gradients of its products with the keys.
   JAX_ATTN_DEVICE void FindWeights(int t, int head, bool wanted, bool writes, const float* x,
@@ -270,6 +273,7 @@ class RowGradients {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
         products[i] = Team::Multiply(x, parts[i]);
+        if constexpr (kKeysFirst) products[i] = FreshOfLane(products[i]);
         KeepOrder();
       }
 #pragma unroll

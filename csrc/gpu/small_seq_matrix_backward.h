@@ -229,12 +229,18 @@ class TileGradients {
         for (int c = 0; c < Shape::kChunks; ++c) {
           KeepOrder();
           of_rows.Sum(douts, c, dvalues[c].x);
+          if constexpr (kWave == 32) KeepOrder();  // factors of one sum at a time
           KeySums<Shape> sums;
           gradients_of_rows.Sum(queries, c, sums.x);
 #pragma unroll
           for (int slot = 0; slot < KeySums<Shape>::kSlots; ++slot) {
 #pragma unroll
-            for (int e = 0; e < kPieceElements; ++e) dkeys[c].x[slot][e] += undo_ * sums.x[slot][e];
+            for (int e = 0; e < kPieceElements; ++e) {
+              // Summed here, not at the end of the loop: until then the factors take registers.
+              float &dkey = dkeys[c].x[slot][e], &dvalue = dvalues[c].x[slot][e];
+              dkey = FreshOfLane(dkey + undo_ * sums.x[slot][e]);
+              dvalue = FreshOfLane(dvalue);
+            }
           }
         }
         StoreQueryGradients(keys);

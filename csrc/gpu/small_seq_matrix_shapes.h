@@ -20,10 +20,11 @@ const void* SmallSeqMatrixKernelOfShape(const SmallSeqTiles& tiles) {
 // `Kernels::template Of<TileShape, packed>()` is a kernel. Of heads of kDim * kParts elements.
 template <typename Kernels, DType kDType, int kDim, int kParts>
 const void* SmallSeqMatrixKernelOfHead(const SmallSeqTiles& tiles) {
+  // Where matrix instructions take 16 rows and keys at least, one kernel is for all tiles.
+  constexpr int kTile = kSmallestTile;
   if (tiles.dim != kDim || tiles.parts != kParts || tiles.many_rows) return nullptr;
   if (tiles.heads > 1) {
     if constexpr (kParts == 1) {
-      constexpr int kTile = kSmallestTile;
       if (tiles.heads == kTile / 2) {
         return SmallSeqMatrixKernelOfShape<
             Kernels, TileShape<kDType, kTile, kTile, kDim, 1, false, kTile / 2>>(tiles);
@@ -36,10 +37,11 @@ const void* SmallSeqMatrixKernelOfHead(const SmallSeqTiles& tiles) {
     return nullptr;
   }
   if (tiles.rows == 8 && tiles.keys == 8) {
-    return SmallSeqMatrixKernelOfShape<Kernels, TileShape<kDType, 8, 8, kDim, kParts>>(tiles);
+    return SmallSeqMatrixKernelOfShape<Kernels, TileShape<kDType, kTile, kTile, kDim, kParts>>(
+        tiles);
   }
   if (tiles.rows == 16 && tiles.keys == 8) {
-    return SmallSeqMatrixKernelOfShape<Kernels, TileShape<kDType, 16, 8, kDim, kParts>>(tiles);
+    return SmallSeqMatrixKernelOfShape<Kernels, TileShape<kDType, 16, kTile, kDim, kParts>>(tiles);
   }
   if (tiles.rows == 16 && tiles.keys == 16) {
     return SmallSeqMatrixKernelOfShape<Kernels, TileShape<kDType, 16, 16, kDim, kParts>>(tiles);

@@ -114,7 +114,7 @@ class VectorCore {
   JAX_ATTN_DEVICE void Scores(const Tile& tile, float (&x)[kRowCount]) const {
     const int num_rows = Fresh(s_.num_rows), query_stride = Fresh(query_stride_);
     const char* key = tile.k + lane_ % kTileKeys * k_stride_;
-    const int head_dim = static_cast<int>(p_.head_dim);
+    const int head_dim = Fresh(static_cast<int>(p_.head_dim));
 #pragma unroll
     for (int r = 0; r < kRowCount; ++r) x[r] = 0;
 #pragma unroll 2
@@ -171,7 +171,7 @@ class VectorCore {
   }
 
   JAX_ATTN_DEVICE void Accumulate(const Tile& tile) {
-    const int num_rows = Fresh(s_.num_rows);
+    const int num_rows = Fresh(s_.num_rows), v_head_dim = Fresh(static_cast<int>(p_.v_head_dim));
 #pragma unroll 2
     for (int i = 0; i < kTileKeys; i += kKeysAtOnce) {
       const int key = i + lane_ / kLanesPerRow;
@@ -179,7 +179,7 @@ class VectorCore {
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         const int d = (c * kLanesPerRow + lane_ % kLanesPerRow) * kVector;
-        if (d >= p_.v_head_dim) continue;
+        if (d >= v_head_dim) continue;
         float v[kVector];
         Load(row + d * kSize, v);
 #pragma unroll

@@ -38,6 +38,18 @@ KERNELS(DType::kFloat16, 16, 16, 64, 1);
 KERNELS(DType::kBFloat16, 16, 16, 128, 2);
 #undef KERNELS
 
+// Those that need the most registers: packed, heads that share a tile, tiles that follow each
+// other.
+#define KERNEL(direction, params, packed, ...)                                        \
+  template __global__ void SmallSeqMatrix##direction<TileShape<__VA_ARGS__>, packed>( \
+      SmallSeq##params##Params, SmallSeqWork)
+KERNEL(Backward, Backward, true, DType::kBFloat16, 16, 16, 128, 1);
+KERNEL(Backward, Backward, true, DType::kFloat16, 16, 16, 128, 1, false, 4);
+KERNEL(Backward, Backward, true, DType::kBFloat16, 16, 16, kManyRowsBackwardDim, 1, true);
+KERNEL(Backward, Backward, false, DType::kFloat16, 16, 16, kManyRowsBackwardDim, 2, true);
+KERNEL(Forward, Attention, true, DType::kBFloat16, 16, 16, kManyRowsForwardDim, 1, true);
+#undef KERNEL
+
 #define KERNELS(keys, ...)                                                             \
   template __global__ void SmallSeqForward<__VA_ARGS__, keys>(SmallSeqAttentionParams, \
                                                               SmallSeqWork);           \
@@ -46,6 +58,7 @@ KERNELS(8, Team<DType::kBFloat16, 16, 1>);
 KERNELS(0, Team<DType::kBFloat16, 16, 1>);
 KERNELS(4, Team<DType::kBFloat16, 32, 2>);
 KERNELS(8, Team<DType::kFloat32, 32, 1>);
+KERNELS(0, Team<DType::kFloat32, 32, 4>);
 #undef KERNELS
 
 template __global__ void FusedQkvFewKernel<DType::kBFloat16, kPieceSize>(FusedQkvFewWork);
