@@ -103,9 +103,10 @@ JAX_ATTN_DEVICE void SoftmaxGradient(const SmallSeqBackwardParams& p, const Sequ
 
 // One row: gradients of keys and values are products, and nothing is summed. Values are on their
 // way as far ahead of their use as there are registers.
-template <typename Team, int kKeys>
+template <typename Team, int kKeys, typename Meanwhile>
 JAX_ATTN_DEVICE void DifferentiateOneRow(const SmallSeqBackwardParams& p, const SmallSeqWork& w,
-                                         const Sequence& seq, int head, bool is_there) {
+                                         const Sequence& seq, int head, bool is_there,
+                                         Meanwhile meanwhile) {
   using Part = typename Team::Part;
   constexpr int kEach = kKeys < kChunk ? kKeys : kChunk;
   constexpr int kChunks = kKeys / kEach;
@@ -129,6 +130,7 @@ JAX_ATTN_DEVICE void DifferentiateOneRow(const SmallSeqBackwardParams& p, const 
   for (int j = 0; j < kAhead; ++j) {
     values[j] = Team::Load(value + j * value_bytes, v_dim, j < num_keys);
   }
+  meanwhile();
   float x[Team::kElements], dx[Team::kElements], s[kChunks], dp[kChunks];
   Team::Unpack(query, x);
   Team::Unpack(dout, dx);
@@ -357,14 +359,15 @@ __global__ void JAX_ATTN_LAUNCH_BOUNDS(
   __shared__ PackedSequences::Shared shared;
   JAX_ATTN_DYNAMIC_SHARED(small_seq_weights);
   const auto visit = [&](const SmallSeqBackwardParams& p, const SmallSeqWork& w,
-                         const Sequence& seq, int head, bool is_there) {
+                         const Sequence& seq, int head, bool is_there, auto meanwhile) {
     if constexpr (kKeys > 0) {
-      DifferentiateOneRow<Team, kKeys>(p, w, seq, head, is_there);
+      DifferentiateOneRow<Team, kKeys>(p, w, seq, head, is_there, meanwhile);
     } else {
       const int team = static_cast<int>(threadIdx.x) / Team::kLanes;
       float* memory = reinterpret_cast<float*>(small_seq_weights) + team * w.floats_per_team;
       RowGradients<Team>(p, w, memory, seq, head).Run(head);
       if (is_there) ClearUnseen<Team>(p, w, seq, head, seq.num_keys);
+      meanwhile();
     }
   };
   const PackedSequences packed(p, w, shared);
