@@ -156,12 +156,13 @@ std::string LaunchFor(const Params& p, bool backward, std::string_view variant,
   int64_t blocks = CeilDiv(heads, teams);
   if (p.packed()) {
     if (arrays == 0) return "";
-    const int64_t tiles = CeilDiv(p.num_sequences() * p.num_kv_heads, teams);
+    const int64_t in_tile = teams * HeadsPerTeam(kernel.is_vector);
+    const int64_t tiles = CeilDiv(p.num_sequences() * p.num_kv_heads, in_tile);
     // Blocks look at all bounds, so no more of them than run together, except where a tile is so
     // small a part of a sequence that this costs less than blocks that wait for each other.
     const int64_t rounds = backward && !kernel.is_vector && p.num_kv_heads >= 4 * teams ? 2 : 1;
     const int64_t most = CeilDiv(device.num_cores * kernel.blocks_per_core * rounds, arrays);
-    w.heads_per_tile = static_cast<unsigned>(teams);
+    w.heads_per_tile = static_cast<unsigned>(in_tile);
     w.blocks_per_array = static_cast<unsigned>(std::clamp<int64_t>(tiles, 1, most));
     blocks = w.blocks_per_array * arrays;
   }

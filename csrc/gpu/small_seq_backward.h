@@ -103,10 +103,9 @@ JAX_ATTN_DEVICE void SoftmaxGradient(const SmallSeqBackwardParams& p, const Sequ
 
 // One row: gradients of keys and values are products, and nothing is summed. Values are on their
 // way as far ahead of their use as there are registers.
-template <typename Team, int kKeys, typename Meanwhile>
+template <typename Team, int kKeys>
 JAX_ATTN_DEVICE void DifferentiateOneRow(const SmallSeqBackwardParams& p, const SmallSeqWork& w,
-                                         const Sequence& seq, int head, bool is_there,
-                                         Meanwhile meanwhile) {
+                                         const Sequence& seq, int head, bool is_there) {
   using Part = typename Team::Part;
   constexpr int kEach = kKeys < kChunk ? kKeys : kChunk;
   constexpr int kChunks = kKeys / kEach;
@@ -130,7 +129,6 @@ JAX_ATTN_DEVICE void DifferentiateOneRow(const SmallSeqBackwardParams& p, const 
   for (int j = 0; j < kAhead; ++j) {
     values[j] = Team::Load(value + j * value_bytes, v_dim, j < num_keys);
   }
-  meanwhile();
   float x[Team::kElements], dx[Team::kElements], s[kChunks], dp[kChunks];
   Team::Unpack(query, x);
   Team::Unpack(dout, dx);
@@ -361,14 +359,14 @@ __global__ void JAX_ATTN_LAUNCH_BOUNDS(
   const auto visit = [&](const SmallSeqBackwardParams& p, const SmallSeqWork& w,
                          const Sequence& seq, int head, bool is_there, auto meanwhile) {
     if constexpr (kKeys > 0) {
-      DifferentiateOneRow<Team, kKeys>(p, w, seq, head, is_there, meanwhile);
+      DifferentiateOneRow<Team, kKeys>(p, w, seq, head, is_there);
     } else {
       const int team = static_cast<int>(threadIdx.x) / Team::kLanes;
       float* memory = reinterpret_cast<float*>(small_seq_weights) + team * w.floats_per_team;
       RowGradients<Team>(p, w, memory, seq, head).Run(head);
       if (is_there) ClearUnseen<Team>(p, w, seq, head, seq.num_keys);
-      meanwhile();
     }
+    meanwhile();
   };
   const PackedSequences packed(p, w, shared);
   ForEachHead<Team::kLanes>(p, w, packed, p.packed(), 0, visit);

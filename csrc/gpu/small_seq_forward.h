@@ -37,10 +37,9 @@ JAX_ATTN_DEVICE void ClearUnusedRows(const SmallSeqAttentionParams& p,
 
 // One row. Of up to 8 keys, all keys and values are on their way at once; of more, values follow as
 // keys free their registers.
-template <typename Team, int kKeys, typename Meanwhile>
+template <typename Team, int kKeys>
 JAX_ATTN_DEVICE void AttendOneRow(const SmallSeqAttentionParams& p, const SmallSeqWork& w,
-                                  const Sequence& seq, int head, bool is_there,
-                                  Meanwhile meanwhile) {
+                                  const Sequence& seq, int head, bool is_there) {
   using Part = typename Team::Part;
   constexpr int kEach = kKeys < kChunk ? kKeys : kChunk;
   constexpr int kChunks = kKeys / kEach;
@@ -63,7 +62,6 @@ JAX_ATTN_DEVICE void AttendOneRow(const SmallSeqAttentionParams& p, const SmallS
       values[j] = Team::Load(value + j * value_bytes, v_dim, j < num_keys);
     }
   }
-  meanwhile();
   float x[Team::kElements], s[kChunks];
   Team::Unpack(query, x);
 #pragma unroll
@@ -205,11 +203,11 @@ __global__ void JAX_ATTN_LAUNCH_BOUNDS(
   const auto visit = [&](const SmallSeqAttentionParams& p, const SmallSeqWork& w,
                          const Sequence& seq, int head, bool is_there, auto meanwhile) {
     if constexpr (kKeys > 0) {
-      AttendOneRow<Team, kKeys>(p, w, seq, head, is_there, meanwhile);
+      AttendOneRow<Team, kKeys>(p, w, seq, head, is_there);
     } else {
       AttendRows<Team>(p, w, seq, head, is_there);
-      meanwhile();
     }
+    meanwhile();
   };
   const PackedSequences packed(p, w, shared);
   ForEachHead<Team::kLanes>(p, w, packed, p.packed(), 0, visit);

@@ -22,6 +22,9 @@ inline constexpr int kOneRowKeys[] = {2, 4, 8, 12, 16};
 // Sequences that the heads of a tile of a packed array are of, at most.
 inline constexpr int kMostInTile = 32;
 
+// Heads of a tile for each team. Vector kernels find the next ones with nothing on its way.
+constexpr int HeadsPerTeam(bool is_vector) { return is_vector ? 2 : 1; }
+
 // Bounds that a block asks for ahead, at most.
 inline constexpr int kMostAhead = 256;
 
@@ -34,7 +37,7 @@ struct SmallSeqWork {
   int num_heads = 0;              // dense: kv heads of all sequences, as often as teams share one
   int teams_per_head = 1;         // dense, where kernels can: each has a tile of its query rows
   unsigned blocks_per_array = 0;  // packed: blocks of each array
-  unsigned heads_per_tile = 0;    // packed: kv heads that a block has at a time
+  unsigned heads_per_tile = 0;    // packed: kv heads of a tile of a block
   // Backward, any number of rows: shared memory of a team. It has three floats for each key, and if
   // it keeps the weights of all rows, two for each key of the others.
   int padded_keys = 0;

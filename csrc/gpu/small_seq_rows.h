@@ -88,11 +88,11 @@ JAX_ATTN_DEVICE float LogSumExp(float top, float total) {
 
 // Calls visit(p, w, sequence, kv head, whether there is one, meanwhile) for each head of the block.
 // All threads of a block call it as often, and `visit` may exchange values between them. It calls
-// meanwhile() once, when its loads are on their way: that finds the block's next sequences.
+// meanwhile() once, at best when its loads are on their way: that finds the block's next sequences.
 // `is_packed`: as the problem is; kernels that know it need fewer registers.
 // `own`: which of the kHeads heads of its team the lane has. `kShares`: several teams may share the
 // rows of a dense head. `kPending`: batches of copies that `visit` has begun when it calls
-// meanwhile(), which begins another one.
+// meanwhile(), which begins another one where a tile has one head for each team.
 template <int kLanes, int kHeads = 1, bool kShares = false, int kPending = 0, typename Params,
           typename Visit>
 JAX_ATTN_DEVICE void ForEachHead(const Params& p, const SmallSeqWork& w,
@@ -101,17 +101,24 @@ JAX_ATTN_DEVICE void ForEachHead(const Params& p, const SmallSeqWork& w,
   const unsigned team = FreshOfLane(static_cast<int>(threadIdx.x)) / kLanes * kHeads + own;
   const unsigned teams = blockDim.x / kLanes * kHeads;
   int tile = 0;
+  unsigned done = 0;  // heads of the tile
   const auto find = [&] {
-    if (!is_packed) return;
     const PackedSequences fresh = packed.template Fresh<Params>();
     fresh.template FindTile<kPending>(tile);
     fresh.AskForTile(tile + 1);
   };
-  find();
+  const auto meanwhile = [&] {
+    done += teams;
+    if (!is_packed || !packed.template Fresh<Params>().IsDone(tile, done)) return;
+    done = 0;
+    ++tile;
+    find();
+  };
+  if (is_packed) find();
   for (;;) {
     const Params& fresh_p = FreshParameter(p);
     const PackedSequences fresh = packed.template Fresh<Params>();
-    const unsigned first = is_packed ? fresh.FirstHead(tile) : blockIdx.x * teams;
+    const unsigned first = is_packed ? fresh.FirstHead(tile) + done : blockIdx.x * teams;
     const unsigned count = is_packed ? fresh.NumHeads() : static_cast<unsigned>(w.num_heads);
     if (first >= count) return;
     const bool is_there = first + team < count;
@@ -127,8 +134,7 @@ JAX_ATTN_DEVICE void ForEachHead(const Params& p, const SmallSeqWork& w,
     Sequence seq = is_packed ? fresh.At(fresh_p, tile, index) : DenseSequence(fresh_p, index);
     seq.row_tile = row_tile;
     if (!is_there) seq.num_keys = seq.first_query = seq.end_query = 0;
-    ++tile;
-    visit(FreshParameter(p), FreshParameter<Params>(w), seq, head, is_there, find);
+    visit(FreshParameter(p), FreshParameter<Params>(w), seq, head, is_there, meanwhile);
     if (!is_packed) return;
   }
 }

@@ -125,11 +125,11 @@ JAX_ATTN_DEVICE Sequence DenseSequence(const Params& p, unsigned index) {
   return seq;
 }
 
-// A block's heads of a packed array: tiles, of one head for each of its teams, which follow each
-// other, are dealt to the blocks in turn, so that blocks that run together are near each other in
-// memory. Sequences begin where those before end, whatever the bounds say (see ClippedBound), so a
-// block looks at all bounds. What it knows is kept in shared memory: registers are for what is on
-// its way.
+// A block's heads of a packed array: tiles, of one head or a few for each of its teams, which
+// follow each other, are dealt to the blocks in turn, so that blocks that run together are near
+// each other in memory. Sequences begin where those before end, whatever the bounds say (see
+// ClippedBound), so a block looks at all bounds. What it knows is kept in shared memory: registers
+// are for what is on its way.
 class PackedSequences {
  public:
   struct Side {
@@ -195,6 +195,11 @@ class PackedSequences {
   }
   JAX_ATTN_DEVICE unsigned NumHeads() const {
     return static_cast<unsigned>(p_.num_sequences() * p_.num_kv_heads);
+  }
+
+  // Whether a tile has no heads after its first `done`.
+  JAX_ATTN_DEVICE bool IsDone(int tile, unsigned done) const {
+    return done >= w_.heads_per_tile || FirstHead(tile) + done >= NumHeads();
   }
 
   // Sequence `index` of the array, one of a tile.
