@@ -13,6 +13,7 @@ from small_seq_gpu_test import (  # noqa: F401 - collected here too
     test_heads_of_a_tile_keep_apart,
     test_numbers,
     test_packed_arrays_without_tokens,
+    test_packed_blocks_with_parts_of_a_sequence_and_with_several,
     test_packed_edges,
     test_tiles_of_packed_sequences,
     test_tiles_with_options,

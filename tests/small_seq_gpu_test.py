@@ -276,6 +276,28 @@ def test_tiles_of_packed_sequences(native, sizes):
     cases.poison(x).check("native")
 
 
+@pytest.mark.parametrize("num_heads", [1, 170])
+def test_packed_blocks_with_parts_of_a_sequence_and_with_several(native, num_heads):
+    # Few cores, of many heads, come back to a sequence that they had before.
+    lengths = np.array([[3, 0, 2, 3], [6, 5, 0, 6]]).repeat(10 if num_heads == 1 else 1, axis=1)
+    query_bounds, kv_bounds = (np.concatenate([[2], 2 + np.cumsum(x)]) for x in lengths)
+    query_bounds[2] -= 2  # as if it were the one before
+    x = cases.packed(
+        np.random.default_rng(0),
+        query_bounds=query_bounds,
+        kv_bounds=kv_bounds,
+        query_tokens=int(query_bounds[-1]) + 1,
+        kv_tokens=int(kv_bounds[-1]) + 1,
+        max_q_len=3,
+        max_kv_len=6,
+        num_q_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=8,
+        dtype="bfloat16",
+    )
+    cases.poison(x).check("native")
+
+
 @pytest.mark.parametrize("size", [1e-3, 2e3])
 @pytest.mark.parametrize("sizes", [(2, 1, 3), (16, 1, 16), (12, 2, 9)])
 def test_gradients_of_logits_beyond_float16(native, sizes, size):

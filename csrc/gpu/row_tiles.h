@@ -451,6 +451,14 @@ class TileStream {
     if constexpr (kCopiesThroughRegisters) {
       tile.LoadSlots(row, is_wanted, dim);
     } else {
+      GetAgain(i, tile);
+    }
+  }
+
+  // Once more, so that a tile need not stay in registers. Where it did not come through shared
+  // memory, it is in `tile` already.
+  JAX_ATTN_DEVICE void GetAgain(int i, Tile& tile) const {
+    if constexpr (!kCopiesThroughRegisters) {
 #pragma unroll
       for (int half = 0; half < Tile::kSlots; ++half) {
 #pragma unroll

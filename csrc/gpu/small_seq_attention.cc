@@ -16,15 +16,6 @@ constexpr int64_t kMaxCount = int64_t{1} << 30;
 // Shared memory of a block up to which weights of all rows are kept: four blocks fit on a core.
 constexpr int64_t kMaxWeightBytes = 40 * 1024;
 
-// Heads of a packed array that a team takes before its block looks where the next sequences are.
-constexpr int64_t kHeadsPerTile = 4;
-
-// Blocks that share the heads of a tile of a packed array, at most.
-constexpr int64_t kMostBlocksPerTile = 4;
-
-// Sequences of a packed array that blocks may look at several times as often as there is room for.
-constexpr int64_t kFewSequences = 1 << 14;
-
 // Query heads up to which SmallSeqWork::group_inverse divides rows exactly, and all of a sequence
 // is less than 2^31 bytes.
 constexpr int64_t kMaxTileHeads = 1 << 12;
@@ -67,11 +58,11 @@ struct Kernel {
   int lanes = 0;  // that do a head; or
   int waves = 0;
   int heads = 1;  // that a team has together
+  int teams_per_head = 1;
   int blocks_per_core = 0;
+  int shared_bytes = 0;
   bool is_vector = false;
   bool any_rows = false;  // of the vector kernels
-  // Packed: blocks share the heads of a tile. That is slower with 16 rows and 8 keys.
-  bool shares_tiles = false;
 };
 
 // Null where there is none: one row needs no matrix, and more keys than a tile has need several.
@@ -84,7 +75,10 @@ Kernel MatrixKernel(const SmallSeqProblem& p, bool backward) {
   tiles.keys = p.max_kv_len <= 8 && rows <= 16 ? 8 : 16;
   if (rows <= 8 && tiles.keys == 8) tiles.rows = 8;
   tiles.dim = dim <= 64 ? 64 : 128;
-  tiles.many_rows = rows > 16;
+  if (rows > 16 && !backward && !p.packed()) {
+    kernel.teams_per_head = static_cast<int>(CeilDiv(rows, 16));
+  }
+  tiles.many_rows = rows > 16 && kernel.teams_per_head == 1;
   if (tiles.many_rows) tiles.dim = backward ? kManyRowsBackwardDim : kManyRowsForwardDim;
   tiles.parts = 1;
   while (tiles.parts * tiles.dim < dim) tiles.parts *= 2;
@@ -100,8 +94,10 @@ Kernel MatrixKernel(const SmallSeqProblem& p, bool backward) {
   }
   kernel.waves = tiles.parts;
   kernel.heads = tiles.heads;
-  kernel.shares_tiles = tiles.rows == tiles.keys && !tiles.many_rows;
   kernel.blocks_per_core = BlocksPerCore(tiles, backward);
+  if (tiles.many_rows && backward && !kCopiesThroughRegisters) {
+    kernel.shared_bytes = ManyRowsBytes(tiles);
+  }
   return kernel;
 }
 
@@ -146,10 +142,11 @@ std::string LaunchFor(const Params& p, bool backward, std::string_view variant,
 
   LaunchShape launch;
   launch.threads = kMaxThreads;
+  launch.shared_bytes = kernel.shared_bytes;
   const int64_t teams = launch.threads /
                         (kernel.waves > 0 ? kernel.waves * device.wave_size : kernel.lanes) *
                         kernel.heads;
-  const int64_t heads = p.batch.count * p.num_kv_heads;
+  const int64_t heads = p.batch.count * p.num_kv_heads * kernel.teams_per_head;
   int64_t arrays = 1;  // packed ones
   for (int d = 0; d < p.batch.num_dims - 1; ++d) arrays *= p.batch.sizes[d];
   if (heads >= kMaxCount || arrays >= kMaxCount) {
@@ -159,32 +156,19 @@ std::string LaunchFor(const Params& p, bool backward, std::string_view variant,
   int64_t blocks = CeilDiv(heads, teams);
   if (p.packed()) {
     if (arrays == 0) return "";
-    // Some heads for each team, but no more than a tile may have.
-    w.sequences_per_tile = static_cast<int>(
-        std::clamp<int64_t>(kHeadsPerTile * teams / p.num_kv_heads, 1, kMostInTile));
-    const int64_t tiles = CeilDiv(p.num_sequences(), w.sequences_per_tile);
-    // Blocks look at all bounds. Of few sequences, that costs less than blocks that have more to do
-    // than others; but kernels that share tiles have less to do at a time.
-    int64_t rounds =
-        std::clamp<int64_t>(kFewSequences / std::max<int64_t>(p.num_sequences(), 1), 1, 8);
-    if (kernel.shares_tiles) rounds = backward ? 2 : 1;
+    const int64_t in_tile = teams * HeadsPerTeam(kernel.is_vector);
+    const int64_t tiles = CeilDiv(p.num_sequences() * p.num_kv_heads, in_tile);
+    // Blocks look at all bounds, so no more of them than run together, except where a tile is so
+    // small a part of a sequence that this costs less than blocks that wait for each other.
+    const int64_t rounds = backward && !kernel.is_vector && p.num_kv_heads >= 4 * teams ? 2 : 1;
     const int64_t most = CeilDiv(device.num_cores * kernel.blocks_per_core * rounds, arrays);
-    int64_t parts = 1;
-    if (kernel.shares_tiles || (kernel.is_vector && rounds == 1)) {
-      while (parts < kMostBlocksPerTile && p.num_kv_heads % (2 * parts) == 0 &&
-             p.num_kv_heads / (2 * parts) >= teams) {
-        parts *= 2;
-      }
-    }
-    w.blocks_per_tile = static_cast<int>(parts);
-    w.heads_per_block = static_cast<int>(p.num_kv_heads / parts);
-    w.tiles_at_once =
-        static_cast<int>(std::clamp<int64_t>(tiles, 1, std::max<int64_t>(most / parts, 1)));
-    w.blocks_per_array = w.tiles_at_once * w.blocks_per_tile;
+    w.heads_per_tile = static_cast<unsigned>(in_tile);
+    w.blocks_per_array = static_cast<unsigned>(std::clamp<int64_t>(tiles, 1, most));
     blocks = w.blocks_per_array * arrays;
   }
   if (blocks == 0) return "";
   w.num_heads = static_cast<int>(heads);
+  w.teams_per_head = kernel.teams_per_head;
   w.group_size = static_cast<int>(p.group_size());
   w.num_rows = static_cast<int>(num_rows);
   w.num_q_heads = static_cast<unsigned>(p.num_q_heads);

@@ -361,7 +361,7 @@ __global__ void JAX_ATTN_LAUNCH_BOUNDS(
   __shared__ PackedSequences::Shared shared;
   JAX_ATTN_DYNAMIC_SHARED(small_seq_weights);
   const auto visit = [&](const SmallSeqBackwardParams& p, const SmallSeqWork& w,
-                         const Sequence& seq, int head, bool is_there) {
+                         const Sequence& seq, int head, bool is_there, auto meanwhile) {
     if constexpr (kKeys > 0) {
       DifferentiateOneRow<Team, kKeys>(p, w, seq, head, is_there);
     } else {
@@ -370,6 +370,7 @@ __global__ void JAX_ATTN_LAUNCH_BOUNDS(
       RowGradients<Team>(p, w, memory, seq, head).Run(head);
       if (is_there) ClearUnseen<Team>(p, w, seq, head, seq.num_keys);
     }
+    meanwhile();
   };
   const PackedSequences packed(p, w, shared);
   ForEachHead<Team::kLanes>(p, w, packed, p.packed(), 0, visit);

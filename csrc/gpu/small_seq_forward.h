@@ -201,12 +201,13 @@ __global__ void JAX_ATTN_LAUNCH_BOUNDS(
                     JAX_ATTN_PARAMETER SmallSeqWork w) {
   __shared__ PackedSequences::Shared shared;
   const auto visit = [&](const SmallSeqAttentionParams& p, const SmallSeqWork& w,
-                         const Sequence& seq, int head, bool is_there) {
+                         const Sequence& seq, int head, bool is_there, auto meanwhile) {
     if constexpr (kKeys > 0) {
       AttendOneRow<Team, kKeys>(p, w, seq, head, is_there);
     } else {
       AttendRows<Team>(p, w, seq, head, is_there);
     }
+    meanwhile();
   };
   const PackedSequences packed(p, w, shared);
   ForEachHead<Team::kLanes>(p, w, packed, p.packed(), 0, visit);

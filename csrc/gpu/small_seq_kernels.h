@@ -19,8 +19,11 @@ inline constexpr int kMaxThreads = 128;
 // The most keys of the kernels for one row; those for any number of rows take what is left.
 inline constexpr int kOneRowKeys[] = {2, 4, 8, 12, 16};
 
-// Sequences of a packed array that a block looks at together, at most.
+// Sequences that the heads of a tile of a packed array are of, at most.
 inline constexpr int kMostInTile = 32;
+
+// Heads of a tile for each team. Vector kernels find the next ones with nothing on its way.
+constexpr int HeadsPerTeam(bool is_vector) { return is_vector ? 2 : 1; }
 
 // Bounds that a block asks for ahead, at most.
 inline constexpr int kMostAhead = 256;
@@ -30,13 +33,11 @@ struct SmallSeqWork {
   int group_size = 0;  // query heads of a kv head
   int num_rows = 0;    // query rows of a kv head, at most
   unsigned num_q_heads = 0;
-  unsigned group_inverse = 0;  // 2^31 / group_size, rounded up
-  int num_heads = 0;           // dense: kv heads of all sequences
-  int blocks_per_array = 0;    // packed: blocks of each array
-  int tiles_at_once = 0;       // packed: that blocks of an array take together
-  int sequences_per_tile = 0;
-  int blocks_per_tile = 1;  // packed: those that share the heads of its sequences
-  int heads_per_block = 0;  // kv heads
+  unsigned group_inverse = 0;     // 2^31 / group_size, rounded up
+  int num_heads = 0;              // dense: kv heads of all sequences, as often as teams share one
+  int teams_per_head = 1;         // dense, where kernels can: each has a tile of its query rows
+  unsigned blocks_per_array = 0;  // packed: blocks of each array
+  unsigned heads_per_tile = 0;    // packed: kv heads of a tile of a block
   // Backward, any number of rows: shared memory of a team. It has three floats for each key, and if
   // it keeps the weights of all rows, two for each key of the others.
   int padded_keys = 0;
@@ -83,8 +84,15 @@ struct SmallSeqTiles {
 
 constexpr int BlocksPerCore(const SmallSeqTiles& tiles, bool backward) {
   if (tiles.rows == 8) return backward ? 4 : 5;
-  if (tiles.many_rows) return backward ? 2 : 3;
+  if (tiles.many_rows) return 3;
   return tiles.dim == 64 ? 4 : 3;
+}
+
+// Shared memory of a block of a backward kernel of many rows, where copies go there by themselves:
+// keys, values, and two tiles of query rows and of the output's cotangent.
+constexpr int ManyRowsBytes(const SmallSeqTiles& tiles) {
+  const int row_bytes = kMaxThreads / 32 * tiles.dim * 2;
+  return (4 * tiles.rows + 2 * tiles.keys) * row_bytes;
 }
 
 // Null if there is none of this shape.

@@ -130,6 +130,16 @@ struct KeySums {
   float x[kSlots][kPieceElements] = {};
 };
 
+// What tiles of rows that follow each other have in shared memory: the keys and values of a head,
+// and two tiles of its rows. Registers are for the sums.
+template <typename Shape>
+struct ManyRowsRoom {
+  using Rows = TileStream<typename Shape::QueryTile, 2>;
+  using Keys = TileStream<typename Shape::KeyTile, 1>;
+  typename Rows::Shared queries, douts;
+  typename Keys::Shared keys, values;
+};
+
 // Rows of a head, a tile at a time.
 template <typename Shape, bool kPacked>
 class TileGradients {
@@ -149,7 +159,8 @@ class TileGradients {
         v_dim_(static_cast<int>(p.v_head_dim)),
         place_(p, w, seq, head) {}
 
-  JAX_ATTN_DEVICE void Run() {
+  template <typename Meanwhile>
+  JAX_ATTN_DEVICE void Run(Meanwhile meanwhile) {
     typename Shape::KeyTile keys, values;
     if constexpr (!Shape::kManyRows) {
       typename Shape::QueryTile queries, douts;
@@ -164,7 +175,8 @@ class TileGradients {
         EndBatch();
         LoadKeys(keys, p_.key, seq_.at.key, dim_);
         LoadKeys(values, p_.value, seq_.at.value, v_dim_);
-        WaitForBatches<0>();
+        meanwhile();
+        WaitForBatches<1>();  // but for the next bounds
         query_stream.Get(0, QueryRows(rows_), WantedRows(rows_), dim_ - FirstElement(), queries);
         dout_stream.Get(0, CotangentRows(rows_), WantedRows(rows_), v_dim_ - FirstElement(), douts);
       } else {
@@ -172,6 +184,7 @@ class TileGradients {
         LoadKeys(keys, p_.key, seq_.at.key, dim_);
         douts.LoadSlots(CotangentRows(rows_), WantedRows(rows_), v_dim_ - FirstElement());
         LoadKeys(values, p_.value, seq_.at.value, v_dim_);
+        meanwhile();
       }
       Differentiate(queries, keys, douts, values);
       const auto of_rows = weights_.Transposed();
@@ -192,27 +205,34 @@ class TileGradients {
       }
       StoreQueryGradients(keys);
     } else {
-      using Stream = TileStream<typename Shape::QueryTile, 2>;
-      __shared__ typename Stream::Shared query_room, dout_room;
-      const Stream query_stream(query_room), dout_stream(dout_room);
-      Rows next;
+      using Room = ManyRowsRoom<Shape>;
+      JAX_ATTN_DYNAMIC_SHARED(small_seq_tiles);
+      Room& room = *reinterpret_cast<Room*>(small_seq_tiles);
+      const typename Room::Rows query_stream(room.queries), dout_stream(room.douts);
+      const typename Room::Keys key_stream(room.keys), value_stream(room.values);
       float next_lse[kSlots], next_dlse[kSlots];
       const auto begin = [&](int tile) {
+        Rows next;
         FindRows(tile * Shape::kRows, next);
         query_stream.Begin(tile, QueryRows(next), WantedRows(next), dim_ - FirstElement());
         dout_stream.Begin(tile, CotangentRows(next), WantedRows(next), v_dim_ - FirstElement());
         EndBatch();
         LoadStatistics(next, next_lse, next_dlse);
       };
+      BeginKeys(key_stream, p_.key, seq_.at.key, dim_);
+      BeginKeys(value_stream, p_.value, seq_.at.value, v_dim_);
       begin(0);
-      LoadKeys(keys, p_.key, seq_.at.key, dim_);
-      LoadKeys(values, p_.value, seq_.at.value, v_dim_);
+      if constexpr (kCopiesThroughRegisters) {
+        LoadKeys(keys, p_.key, seq_.at.key, dim_);
+        LoadKeys(values, p_.value, seq_.at.value, v_dim_);
+      }
+      meanwhile();
       KeySums<Shape> dkeys[Shape::kChunks], dvalues[Shape::kChunks];
 #pragma unroll 1
       for (int tile = 0; tile * Shape::kRows < w_.num_rows; ++tile) {
+        FindRows(tile * Shape::kRows, rows_);
 #pragma unroll
         for (int slot = 0; slot < kSlots; ++slot) {
-          rows_[slot] = next[slot];
           lse_[slot] = next_lse[slot];
           dlse_[slot] = next_dlse[slot];
         }
@@ -222,7 +242,11 @@ class TileGradients {
         query_stream.Get(tile, QueryRows(rows_), WantedRows(rows_), dim_ - FirstElement(), queries);
         dout_stream.Get(tile, CotangentRows(rows_), WantedRows(rows_), v_dim_ - FirstElement(),
                         douts);
+        key_stream.GetAgain(0, keys);
+        value_stream.GetAgain(0, values);
         Differentiate(queries, keys, douts, values);
+        query_stream.GetAgain(tile, queries);
+        dout_stream.GetAgain(tile, douts);
         const auto of_rows = weights_.Transposed();
         const auto gradients_of_rows = gradients_.Transposed();
 #pragma unroll
@@ -243,6 +267,7 @@ class TileGradients {
             }
           }
         }
+        key_stream.GetAgain(0, keys);
         StoreQueryGradients(keys);
       }
       WaitForBatches<0>();
@@ -306,6 +331,18 @@ class TileGradients {
     tile.LoadSlots([&](int slot) { return first + Shape::RowOf(slot) * stride; },
                    [&](int slot) { return Shape::RowOf(slot) < seq_.num_keys; },
                    dim - FirstElement());
+  }
+
+  // The same through shared memory.
+  template <typename Stream>
+  JAX_ATTN_DEVICE void BeginKeys(const Stream& stream, const TokenOperand& x, int64_t offset,
+                                 int dim) const {
+    const char* const first =
+        static_cast<const char*>(x.data) + (offset + place_.key_in * dim + FirstElement()) * 2;
+    const unsigned stride = static_cast<unsigned>(p_.num_kv_heads) * dim * 2;
+    stream.Begin(
+        0, [&](int slot) { return first + Shape::RowOf(slot) * stride; },
+        [&](int slot) { return Shape::RowOf(slot) < seq_.num_keys; }, dim - FirstElement());
   }
 
   // Finds the weights of the rows and the gradients of their products.
@@ -373,7 +410,7 @@ __global__ void JAX_ATTN_LAUNCH_BOUNDS(kMaxThreads, BlocksPerCore(Shape::kTiles,
   __shared__ typename PartialScores<Shape, 2>::Shared partial;
   const PackedSequences packed(p, w, shared);
   const auto visit = [&](const SmallSeqBackwardParams& p, const SmallSeqWork& w,
-                         const Sequence& seq, int head, bool is_there) {
+                         const Sequence& seq, int head, bool is_there, auto meanwhile) {
     const bool all_seen =
         seq.end_query - seq.first_query == seq.query.room && seq.num_keys == seq.kv.room;
     if (is_there && Shape::Part() == 0 && (!all_seen || p.dbias != nullptr)) {
@@ -383,9 +420,11 @@ __global__ void JAX_ATTN_LAUNCH_BOUNDS(kMaxThreads, BlocksPerCore(Shape::kTiles,
         ClearUnseen<typename Shape::Clearing>(p, w, seq, head, seq.num_keys);
       }
     }
-    TileGradients<Shape, kPacked>(p, w, partial, seq, head).Run();
+    TileGradients<Shape, kPacked>(p, w, partial, seq, head).Run(meanwhile);
   };
-  ForEachHead<Shape::kLanes, Shape::kHeads>(p, w, packed, kPacked, Shape::OwnHead(), visit);
+  constexpr int kPending = Shape::template kStreams<kPacked> ? 1 : 0;
+  ForEachHead<Shape::kLanes, Shape::kHeads, false, kPending>(p, w, packed, kPacked,
+                                                             Shape::OwnHead(), visit);
   if (kPacked)
     ClearUnusedGradients<Shape::kDType>(FreshParameter(p), packed.Fresh<SmallSeqBackwardParams>());
 }
@@ -393,8 +432,11 @@ __global__ void JAX_ATTN_LAUNCH_BOUNDS(kMaxThreads, BlocksPerCore(Shape::kTiles,
 // Kernels for SmallSeqMatrixKernelOf.
 struct MatrixBackwardKernels {
   static constexpr int kManyRowsDim = kManyRowsBackwardDim;
+  static constexpr bool kSharesHeads = false;
   template <typename Shape, bool kPacked>
   static const void* Of() {
+    static_assert(!Shape::kManyRows || kCopiesThroughRegisters ||
+                  sizeof(ManyRowsRoom<Shape>) == ManyRowsBytes(Shape::kTiles));
     return KernelAddress(SmallSeqMatrixBackward<Shape, kPacked>);
   }
 };

@@ -53,16 +53,18 @@ JAX_ATTN_DEVICE void ClearRowsOfLanes(const SmallSeqAttentionParams& p, const Sm
   });
 }
 
-template <typename Shape, bool kPacked>
+template <typename Shape, bool kPacked, typename Meanwhile>
 JAX_ATTN_DEVICE void AttendTiles(const SmallSeqAttentionParams& p, const SmallSeqWork& w,
                                  typename PartialScores<Shape, 1>::Shared& shared,
-                                 const Sequence& seq, int head, bool is_there) {
+                                 const Sequence& seq, int head, bool is_there,
+                                 Meanwhile meanwhile) {
   constexpr int kSlots = Shape::Logits::kSlots;
   const int first_element = Shape::Part() * Shape::kDim;
   const int dim = static_cast<int>(p.head_dim), v_dim = static_cast<int>(p.v_head_dim);
   const int own_dim = dim - first_element, own_v_dim = v_dim - first_element;
   const int count = (seq.end_query - seq.first_query) * w.group_size;
-  if (is_there && Shape::Part() == 0 && seq.end_query - seq.first_query < seq.query.room) {
+  if (is_there && seq.row_tile == 0 && Shape::Part() == 0 &&
+      seq.end_query - seq.first_query < seq.query.room) {
     if constexpr (Shape::kHeads > 1) {
       ClearRowsOfLanes<Shape>(p, w, seq, head);
     } else {
@@ -133,9 +135,10 @@ JAX_ATTN_DEVICE void AttendTiles(const SmallSeqAttentionParams& p, const SmallSe
   Rows rows;
   typename Shape::QueryTile queries;
   if constexpr (!Shape::template kStreams<kPacked>) {
-    find(0, rows);
+    find(seq.row_tile * Shape::kRows, rows);
     queries.LoadSlots(begin_of(rows), is_row(rows), own_dim);
     load_keys();
+    meanwhile();
     attend(rows, queries);
   } else {
     using Stream = TileStream<typename Shape::QueryTile, Shape::kManyRows ? 2 : 1>;
@@ -149,13 +152,14 @@ JAX_ATTN_DEVICE void AttendTiles(const SmallSeqAttentionParams& p, const SmallSe
     };
     begin(0);
     load_keys();
+    meanwhile();
 #pragma unroll 1
     for (int tile = 0; tile * Shape::kRows < w.num_rows; ++tile) {
       if (Shape::kParts == 1 && tile * Shape::kRows >= count)
         break;  // waves of a head stay together
       if (Shape::kManyRows) begin(tile + 1);
       find(tile * Shape::kRows, rows);
-      WaitForBatches<Shape::kManyRows ? 1 : 0>();
+      WaitForBatches<1>();  // the next tile is on its way, or the next bounds are
       stream.Get(tile, begin_of(rows), is_row(rows), own_dim, queries);
       attend(rows, queries);
       if (!Shape::kManyRows) break;
@@ -172,10 +176,12 @@ __global__ void JAX_ATTN_LAUNCH_BOUNDS(kMaxThreads, BlocksPerCore(Shape::kTiles,
   __shared__ typename PartialScores<Shape, 1>::Shared partial;
   const PackedSequences packed(p, w, shared);
   const auto visit = [&](const SmallSeqAttentionParams& p, const SmallSeqWork& w,
-                         const Sequence& seq, int head, bool is_there) {
-    AttendTiles<Shape, kPacked>(p, w, partial, seq, head, is_there);
+                         const Sequence& seq, int head, bool is_there, auto meanwhile) {
+    AttendTiles<Shape, kPacked>(p, w, partial, seq, head, is_there, meanwhile);
   };
-  ForEachHead<Shape::kLanes, Shape::kHeads>(p, w, packed, kPacked, Shape::OwnHead(), visit);
+  constexpr int kPending = Shape::template kStreams<kPacked> ? 1 : 0;
+  ForEachHead<Shape::kLanes, Shape::kHeads, Shape::kSharesHeads, kPending>(p, w, packed, kPacked,
+                                                                           Shape::OwnHead(), visit);
   if (kPacked)
     ClearUnusedRows<Shape::kDType>(FreshParameter(p), packed.Fresh<SmallSeqAttentionParams>());
 }
@@ -183,6 +189,7 @@ __global__ void JAX_ATTN_LAUNCH_BOUNDS(kMaxThreads, BlocksPerCore(Shape::kTiles,
 // Kernels for SmallSeqMatrixKernelOf.
 struct MatrixForwardKernels {
   static constexpr int kManyRowsDim = kManyRowsForwardDim;
+  static constexpr bool kSharesHeads = true;
   template <typename Shape, bool kPacked>
   static const void* Of() {
     return KernelAddress(SmallSeqMatrixForward<Shape, kPacked>);

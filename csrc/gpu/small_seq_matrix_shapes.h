@@ -53,7 +53,12 @@ template <typename Kernels, DType kDType, int kDim, int kParts>
 const void* SmallSeqManyRowsKernelOfHead(const SmallSeqTiles& tiles) {
   if (tiles.dim != kDim || tiles.parts != kParts || !tiles.many_rows) return nullptr;
   if (tiles.rows != 16 || tiles.keys != 16) return nullptr;
-  return SmallSeqMatrixKernelOfShape<Kernels, TileShape<kDType, 16, 16, kDim, kParts, true>>(tiles);
+  using Shape = TileShape<kDType, 16, 16, kDim, kParts, true>;
+  if constexpr (Kernels::kSharesHeads) {  // of dense problems, teams share heads of many rows
+    return tiles.packed ? Kernels::template Of<Shape, true>() : nullptr;
+  } else {
+    return SmallSeqMatrixKernelOfShape<Kernels, Shape>(tiles);
+  }
 }
 
 template <typename Kernels, DType kDType>

@@ -86,43 +86,56 @@ JAX_ATTN_DEVICE float LogSumExp(float top, float total) {
   return top == kInfinity ? top : top + logf(total);
 }
 
-// Calls visit(p, w, sequence, kv head, whether there is one) for each head of the block's
-// sequences. All threads of a block call it as often, and `visit` may exchange values between them.
+// Calls visit(p, w, sequence, kv head, whether there is one, meanwhile) for each head of the block.
+// All threads of a block call it as often, and `visit` may exchange values between them. It calls
+// meanwhile() once, at best when its loads are on their way: that finds the block's next sequences.
 // `is_packed`: as the problem is; kernels that know it need fewer registers.
-// `own`: which of the kHeads heads of its team the lane has.
-template <int kLanes, int kHeads = 1, typename Params, typename Visit>
+// `own`: which of the kHeads heads of its team the lane has. `kShares`: several teams may share the
+// rows of a dense head. `kPending`: batches of copies that `visit` has begun when it calls
+// meanwhile(), which begins another one where a tile has one head for each team.
+template <int kLanes, int kHeads = 1, bool kShares = false, int kPending = 0, typename Params,
+          typename Visit>
 JAX_ATTN_DEVICE void ForEachHead(const Params& p, const SmallSeqWork& w,
                                  const PackedSequences& packed, bool is_packed, int own,
                                  Visit visit) {
-  const int team = FreshOfLane(static_cast<int>(threadIdx.x)) / kLanes * kHeads + own;
-  const int teams = static_cast<int>(blockDim.x) / kLanes * kHeads;
-  int tile = -1, first = 0, count = 0;
-  if (!is_packed) {
-    first = static_cast<int>(blockIdx.x) * teams;  // a team has one head
-    count = w.num_heads;
-  }
+  const unsigned team = FreshOfLane(static_cast<int>(threadIdx.x)) / kLanes * kHeads + own;
+  const unsigned teams = blockDim.x / kLanes * kHeads;
+  int tile = 0;
+  unsigned done = 0;  // heads of the tile
+  const auto find = [&] {
+    const PackedSequences fresh = packed.template Fresh<Params>();
+    fresh.template FindTile<kPending>(tile);
+    fresh.AskForTile(tile + 1);
+  };
+  const auto meanwhile = [&] {
+    done += teams;
+    if (!is_packed || !packed.template Fresh<Params>().IsDone(tile, done)) return;
+    done = 0;
+    ++tile;
+    find();
+  };
+  if (is_packed) find();
   for (;;) {
     const Params& fresh_p = FreshParameter(p);
-    const unsigned heads =
-        static_cast<unsigned>(is_packed ? w.heads_per_block : fresh_p.num_kv_heads);
-    if (is_packed && first >= count) {
-      const PackedSequences fresh = packed.template Fresh<Params>();
-      first = 0;
-      count = fresh.FindTile(++tile) * static_cast<int>(heads);
-      if (count > 0) fresh.AskForTile(tile + 1);
-    }
+    const PackedSequences fresh = packed.template Fresh<Params>();
+    const unsigned first = is_packed ? fresh.FirstHead(tile) + done : blockIdx.x * teams;
+    const unsigned count = is_packed ? fresh.NumHeads() : static_cast<unsigned>(w.num_heads);
     if (first >= count) return;
     const bool is_there = first + team < count;
-    const unsigned item = static_cast<unsigned>(is_there ? first + team : first);
-    const int index = static_cast<int>(item / heads);
-    int head = static_cast<int>(item % heads);
-    if (is_packed) head += packed.template Fresh<Params>().FirstHead();
-    Sequence seq = is_packed ? packed.template Fresh<Params>().At(fresh_p, tile, index)
-                             : DenseSequence(fresh_p, index);
+    unsigned item = is_there ? first + team : first;
+    int row_tile = 0;
+    if (kShares && !is_packed) {
+      const unsigned sharing = static_cast<unsigned>(w.teams_per_head);
+      row_tile = static_cast<int>(item % sharing);
+      item /= sharing;
+    }
+    const unsigned heads = static_cast<unsigned>(fresh_p.num_kv_heads);
+    const int index = static_cast<int>(item / heads), head = static_cast<int>(item % heads);
+    Sequence seq = is_packed ? fresh.At(fresh_p, tile, index) : DenseSequence(fresh_p, index);
+    seq.row_tile = row_tile;
     if (!is_there) seq.num_keys = seq.first_query = seq.end_query = 0;
-    visit(FreshParameter(p), FreshParameter<Params>(w), seq, head, is_there);
+    visit(FreshParameter(p), FreshParameter<Params>(w), seq, head, is_there, meanwhile);
     if (!is_packed) return;
-    first += teams;
   }
 }
 

@@ -102,6 +102,7 @@ struct Sequence {
   int first_query = 0;
   int end_query = 0;
   int num_keys = 0;
+  int row_tile = 0;  // of the tiles of rows of a head, the team's
 };
 
 JAX_ATTN_DEVICE int Clip(int64_t length, int64_t longest) {
@@ -124,18 +125,19 @@ JAX_ATTN_DEVICE Sequence DenseSequence(const Params& p, unsigned index) {
   return seq;
 }
 
-// A block's sequences of a packed array: tiles of a few that follow each other, dealt to the blocks
-// in turn, so that blocks that run together are near each other in memory. Sequences begin where
-// those before end, whatever the bounds say (see ClippedBound), so a block looks at all bounds.
-// What it knows is kept in shared memory: registers are for what is on its way.
+// A block's heads of a packed array: tiles, of one head or a few for each of its teams, which
+// follow each other, are dealt to the blocks in turn, so that blocks that run together are near
+// each other in memory. Sequences begin where those before end, whatever the bounds say (see
+// ClippedBound), so a block looks at all bounds. What it knows is kept in shared memory: registers
+// are for what is on its way.
 class PackedSequences {
  public:
   struct Side {
     int32_t ahead[kCopiesThroughRegisters ? 1 : kMostAhead];  // bounds for the next tile
     int starts[kMostInTile + 1];  // of the sequences of a tile, and of the next one
     int maxima[kMaxThreads / 32];
-    int first;  // of the array
-    int end;
+    int first;    // of the array
+    int reached;  // where the last sequence of the tile starts; after the last tile, where all end
   };
   struct Shared {
     Side query, kv;
@@ -150,31 +152,32 @@ class PackedSequences {
     return PackedSequences(FreshParameter(p_), FreshParameter<Params>(w_), shared_);
   }
 
-  // Tile `i` of the block: finds its sequences, and returns how many there are. To be called for
-  // tiles in order; 0 after the last, when the bounds behind it have been looked at too.
-  JAX_ATTN_DEVICE int FindTile(int i) const {
+  // Finds the sequences of tile `i` of the block. To be called for tiles in order, and once after
+  // the last, for the bounds behind it. Nobody uses At for the tile before any more. kPending:
+  // batches that began after AskForTile(i).
+  template <int kPending = 0>
+  JAX_ATTN_DEVICE void FindTile(int i) const {
     const Stretch s = StretchOf(i);
     const int32_t* query_bounds = Bounds(p_.query_cu_seqlens);
     const int32_t* kv_bounds = Bounds(p_.kv_cu_seqlens);
     if (s.ahead) {
-      WaitForBatches<0>();
+      WaitForBatches<kPending>();
       query_bounds = shared_.query.ahead - s.known - 1;
       kv_bounds = shared_.kv.ahead - s.known - 1;
     }
-    __syncthreads();  // nobody looks at the tile before any more
+    __syncthreads();  // all have found what they need of the tile before
     LookAtBounds(query_bounds, kv_bounds, s.known, s.last);
     __syncthreads();
     if (WaveIndex() == 0) Fill(query_bounds, p_.query_tokens, i == 0, s, shared_.query);
     if (WaveIndex() == 1) Fill(kv_bounds, p_.kv_tokens, i == 0, s, shared_.kv);
     __syncthreads();
-    return s.size;
   }
 
   // Asks for the bounds that FindTile(i) looks at, when the tile before has been found: they come
-  // while that is done.
+  // while that is done. Always one batch.
   JAX_ATTN_DEVICE void AskForTile(int i) const {
     const Stretch s = StretchOf(i);
-    if (!s.ahead) return;
+    if (!s.ahead) return EndBatch();
     const int32_t* const query_bounds = Bounds(p_.query_cu_seqlens) + s.known + 1;
     const int32_t* const kv_bounds = Bounds(p_.kv_cu_seqlens) + s.known + 1;
     Copies<4, 1> copies;
@@ -186,16 +189,24 @@ class PackedSequences {
     EndBatch();
   }
 
-  // The first of the kv heads that the block has of its sequences.
-  JAX_ATTN_DEVICE int FirstHead() const {
-    return Block() % w_.blocks_per_tile * w_.heads_per_block;
+  // The first head of a tile, where the heads of all sequences of the array follow each other.
+  JAX_ATTN_DEVICE unsigned FirstHead(int tile) const {
+    return (static_cast<unsigned>(tile) * w_.blocks_per_array + Block()) * w_.heads_per_tile;
+  }
+  JAX_ATTN_DEVICE unsigned NumHeads() const {
+    return static_cast<unsigned>(p_.num_sequences() * p_.num_kv_heads);
   }
 
-  // Sequence `i` of a tile.
+  // Whether a tile has no heads after its first `done`.
+  JAX_ATTN_DEVICE bool IsDone(int tile, unsigned done) const {
+    return done >= w_.heads_per_tile || FirstHead(tile) + done >= NumHeads();
+  }
+
+  // Sequence `index` of the array, one of a tile.
   template <typename Params>
-  JAX_ATTN_DEVICE Sequence At(const Params& p, int tile, int i) const {
-    const int64_t index = Array() * p.num_sequences() + FirstOf(tile) + i;
-    Sequence seq(p, static_cast<unsigned>(index));
+  JAX_ATTN_DEVICE Sequence At(const Params& p, int tile, int index) const {
+    const int i = index - FirstSequence(tile);
+    Sequence seq(p, static_cast<unsigned>(Array() * p.num_sequences() + index));
     seq.array = Array();
     seq.query =
         SpanOf(shared_.query.starts, i, p.max_q_len, p.query_lengths.data, seq.at.query_lengths);
@@ -214,7 +225,8 @@ class PackedSequences {
     const int64_t own = static_cast<int64_t>(Block()) * blockDim.x + threadIdx.x;
     const int64_t base = Array() * tokens * units_per_token;
     for (int64_t i = own; i < side.first * units_per_token; i += step) fill(base + i);
-    for (int64_t i = side.end * units_per_token + own; i < tokens * units_per_token; i += step) {
+    for (int64_t i = side.reached * units_per_token + own; i < tokens * units_per_token;
+         i += step) {
       fill(base + i);
     }
   }
@@ -226,8 +238,11 @@ class PackedSequences {
   JAX_ATTN_DEVICE int Block() const {
     return static_cast<int>(blockIdx.x % static_cast<unsigned>(w_.blocks_per_array));
   }
-  JAX_ATTN_DEVICE int FirstOf(int tile) const {
-    return (tile * w_.tiles_at_once + Block() / w_.blocks_per_tile) * w_.sequences_per_tile;
+  // All of them, after the last tile.
+  JAX_ATTN_DEVICE int FirstSequence(int tile) const { return SequenceOf(FirstHead(tile)); }
+  JAX_ATTN_DEVICE int SequenceOf(unsigned head) const {
+    const unsigned all = NumHeads();
+    return static_cast<int>((head < all ? head : all) / static_cast<unsigned>(p_.num_kv_heads));
   }
   JAX_ATTN_DEVICE static int Least(int a, int b) { return a < b ? a : b; }
   JAX_ATTN_DEVICE static int Most(int a, int b) { return a > b ? a : b; }
@@ -242,12 +257,17 @@ class PackedSequences {
   };
 
   JAX_ATTN_DEVICE Stretch StretchOf(int i) const {
-    const int count = static_cast<int>(p_.num_sequences()), in_tile = w_.sequences_per_tile;
+    const unsigned count = NumHeads(), first = FirstHead(i);
+    const auto last_of = [&](unsigned head) {
+      const unsigned end = head + w_.heads_per_tile;
+      return SequenceOf((end < count ? end : count) - 1);
+    };
     Stretch s;
-    s.known = i == 0 ? -1 : Least(FirstOf(i - 1) + in_tile, count);
-    s.last = Least(FirstOf(i), count);
-    s.size = Least(in_tile, count - s.last);
-    s.ahead = !kCopiesThroughRegisters && i > 0 && s.last + s.size - s.known <= kMostAhead;
+    s.known = i == 0 ? -1 : last_of(FirstHead(i - 1));
+    s.last = SequenceOf(first);
+    s.size = first < count ? last_of(first) - s.last + 1 : 0;
+    s.ahead = !kCopiesThroughRegisters && i > 0 && FirstHead(i - 1) < count &&
+              s.last + s.size - s.known <= kMostAhead;
     return s;
   }
 
@@ -285,11 +305,8 @@ class PackedSequences {
         kv_most = Most(kv_most, y[i]);
       }
     }
-#pragma unroll
-    for (int mask = 1; mask < kWave; mask *= 2) {
-      query_most = Most(query_most, ShuffleXor(query_most, mask));
-      kv_most = Most(kv_most, ShuffleXor(kv_most, mask));
-    }
+    query_most = MaxOfWave(query_most);
+    kv_most = MaxOfWave(kv_most);
     if (Lane() != 0) return;
     shared_.query.maxima[WaveIndex()] = Clip(query_most, p_.query_tokens);
     shared_.kv.maxima[WaveIndex()] = Clip(kv_most, p_.kv_tokens);
@@ -299,7 +316,7 @@ class PackedSequences {
   JAX_ATTN_DEVICE void Fill(const int32_t* bounds, int64_t tokens, bool is_first, const Stretch& s,
                             Side& side) const {
     const int size = s.size;
-    int start = is_first ? 0 : side.end;
+    int start = is_first ? 0 : side.reached;
 #pragma unroll 1
     for (int i = 0; i < static_cast<int>(blockDim.x) / kWave; ++i) {
       start = Most(start, side.maxima[i]);
@@ -311,11 +328,11 @@ class PackedSequences {
       most = Most(most, ShuffleUp(most, distance));
     }
     if (lane < size) side.starts[lane + 1] = most;
-    most = Broadcast(most, size > 0 ? size - 1 : 0);
+    most = Broadcast(most, size > 1 ? size - 2 : 0);
     WaveFence();
     if (lane != 0) return;
     side.starts[0] = start;
-    side.end = size > 0 ? most : start;
+    side.reached = size > 1 ? most : start;
     if (is_first) side.first = Clip(bounds[0], tokens);
   }
 

@@ -35,6 +35,9 @@ struct TileShape {
   // squares is masked. The two slots of a lane would be those of two heads.
   static constexpr int kHeadRows = kRows / kHeads;
   static_assert(kHeads == 1 || (kRows == kSmallestTile && kKeys == kRows && kParts == 1));
+  // Whether, forward, teams may share the rows of a dense head: each reads its keys and values,
+  // which teams next to each other find in the nearest cache.
+  static constexpr bool kSharesHeads = kRows == 16 && kKeys == 16 && !kMany;
   using Logits = Scores<kRows, kKeys>;
   using QueryTile = RowTile<kType, kRows, kDim>;
   using KeyTile = RowTile<kType, kKeys, kDim>;

@@ -110,6 +110,20 @@ JAX_ATTN_DEVICE T Broadcast(T x, int lane) {
 #endif
 }
 
+// The largest of a wave.
+JAX_ATTN_DEVICE int MaxOfWave(int x) {
+#if JAX_ATTN_NVIDIA
+  return __reduce_max_sync(0xffffffffu, x);
+#else
+#pragma unroll
+  for (int mask = 1; mask < kWave; mask *= 2) {
+    const int other = ShuffleXor(x, mask);
+    x = x > other ? x : other;
+  }
+  return x;
+#endif
+}
+
 // The value of the lane `distance` before this one; its own in the first lanes.
 template <typename T>
 JAX_ATTN_DEVICE T ShuffleUp(T x, int distance) {
