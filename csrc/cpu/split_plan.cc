@@ -24,6 +24,9 @@ constexpr int64_t kMinPlannedSplit = 256;
 // Multiply-adds below which handing work to another thread costs more than it saves (about 10 us).
 constexpr int64_t kMinParallelWork = 256 * 1024;
 
+// The same below which heads of a split are not given to several threads.
+constexpr int64_t kMinItemWork = 4 * kMinParallelWork;
+
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
 
@@ -53,7 +56,7 @@ void PlanItems(const SplitKvAttentionParams& p, const SplitLayout& layout, int64
         int64_t end = std::min(p.num_kv_heads, head + layout.heads_per_item);
         if (plan.num_threads > 1) {
           const int64_t share = left / plan.num_threads;
-          const int64_t heads = std::max(share, kMinParallelWork) / std::max<int64_t>(work, 1);
+          const int64_t heads = std::max(share, kMinItemWork) / std::max<int64_t>(work, 1);
           const int64_t parts = CeilDiv(end - head, std::max<int64_t>(heads, 1));
           end = head + CeilDiv(end - head, parts);
         }
