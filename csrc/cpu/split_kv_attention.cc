@@ -3,7 +3,8 @@
 
 #include "split_kv_attention.h"
 
-#include <algorithm>
+#include <atomic>
+#include <vector>
 
 #include "instruction_sets.h"
 #include "split_plan.h"
@@ -24,16 +25,21 @@ extern const SplitKvKernels kSplitKvTileKernels;
 
 namespace {
 
-// Multiply-adds below which handing work to another thread costs more than it saves (about 10 us).
-constexpr int64_t kMinParallelWork = 256 * 1024;
+// Counts the splits of each entry and head that are done.
+class FinishedSplits {
+ public:
+  FinishedSplits(int64_t num_merges, int64_t num_heads)
+      : num_heads_(num_heads), counts_(num_merges * num_heads) {}
 
-// The entry that a numbered item belongs to.
-const SplitEntry& EntryOf(const SplitPlan& plan, int64_t item) {
-  auto next = std::upper_bound(
-      plan.entries.begin(), plan.entries.end(), item,
-      [](int64_t item, const SplitEntry& entry) { return item < entry.first_item; });
-  return *(next - 1);
-}
+  // Whether this was the last; then the results of all are there to see.
+  bool Add(const SplitEntry& entry, int64_t head) {
+    return counts_[entry.merge * num_heads_ + head].fetch_add(1) + 1 == entry.num_splits;
+  }
+
+ private:
+  int64_t num_heads_;
+  std::vector<std::atomic<int64_t>> counts_;
+};
 
 }  // namespace
 
@@ -71,43 +77,38 @@ std::string LaunchSplitKvAttention(const SplitKvAttentionParams& p, std::string_
   if (layout.num_row_blocks == 0) return "";
 
   const SplitPlan plan = PlanSplits(p, layout);
-  if (plan.work < kMinParallelWork) num_threads = 1;
+  FinishedSplits finished(plan.num_merges, p.num_kv_heads);
   float* const partials = p.workspace + layout.num_threads * layout.scratch_size;
-  ParallelFor(executor, num_threads, plan.num_items, [&](int64_t i, int64_t worker) {
-    const SplitEntry& entry = EntryOf(plan, i);
-    const int64_t split = (i - entry.first_item) / layout.num_head_groups;
-    const int64_t head_group = (i - entry.first_item) % layout.num_head_groups;
+  const int64_t num_items = plan.items.size();
+  ParallelFor(executor, plan.num_threads, num_items, [&](int64_t i, int64_t worker) {
+    const PlannedItem& planned = plan.items[i];
+    const SplitEntry& entry = plan.entries[planned.entry];
     SplitItem item;
     item.batch_index = entry.batch_index;
     item.rows = entry.rows;
-    item.head_begin = head_group * layout.heads_per_item;
-    item.head_end = std::min(p.num_kv_heads, item.head_begin + layout.heads_per_item);
-    item.keys = entry.Split(split);
+    item.head_begin = planned.head_begin;
+    item.head_end = planned.head_end;
+    item.keys = entry.Split(planned.split);
     item.scratch = p.workspace + worker * layout.scratch_size;
     if (entry.num_splits > 1) {
-      item.partial = partials + (entry.first_partial + split) * layout.partial_size;
+      item.partial = partials + (entry.first_partial + planned.split) * layout.partial_size;
     }
     kernels->split(p, item);
+    if (entry.num_splits == 1) return;
+    // Whoever does the last split of a head merges it: nobody waits, and the order of what is
+    // added up does not depend on who.
+    for (int64_t head = item.head_begin; head < item.head_end; ++head) {
+      if (!finished.Add(entry, head)) continue;
+      MergeItem merge;
+      merge.batch_index = entry.batch_index;
+      merge.rows = entry.rows;
+      merge.head = head;
+      merge.partials = partials + entry.first_partial * layout.partial_size;
+      merge.partial_stride = layout.partial_size;
+      merge.num_splits = entry.num_splits;
+      kernels->merge(p, merge);
+    }
   });
-  if (plan.num_merges == 0) return "";
-
-  std::vector<const SplitEntry*> merges;
-  merges.reserve(plan.num_merges);
-  for (const SplitEntry& entry : plan.entries) {
-    if (entry.num_splits > 1) merges.push_back(&entry);
-  }
-  ParallelFor(executor, plan.merge_work < kMinParallelWork ? 1 : num_threads,
-              plan.num_merges * p.num_kv_heads, [&](int64_t i, int64_t) {
-                const SplitEntry& entry = *merges[i / p.num_kv_heads];
-                MergeItem item;
-                item.batch_index = entry.batch_index;
-                item.rows = entry.rows;
-                item.head = i % p.num_kv_heads;
-                item.partials = partials + entry.first_partial * layout.partial_size;
-                item.partial_stride = layout.partial_size;
-                item.num_splits = entry.num_splits;
-                kernels->merge(p, item);
-              });
   return "";
 }
 

@@ -15,9 +15,17 @@ constexpr int64_t kMaxRowsPerBlock = 32;
 constexpr int64_t kScratchFloats = 64 * 1024;
 
 // Planned splits are so many times the threads, for balance when lengths differ or a thread is
-// late, and not below so many keys, so that merging stays a small part.
+// late, and not below so many keys, so that merging stays a small part. Where there are as many
+// contexts anyway, fewer do, since only a context much longer than others has to be split.
 constexpr int64_t kItemsPerThread = 8;
+constexpr int64_t kItemsPerThreadOfMany = 2;
 constexpr int64_t kMinPlannedSplit = 256;
+
+// Multiply-adds below which handing work to another thread costs more than it saves (about 10 us).
+constexpr int64_t kMinParallelWork = 256 * 1024;
+
+// The same below which heads of a split are not given to several threads.
+constexpr int64_t kMinItemWork = 4 * kMinParallelWork;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
@@ -31,6 +39,33 @@ KeyRange TrimByMask(const SplitKvAttentionParams& p, int64_t batch_index, KeyRan
   while (keys.begin < keys.end && mask[keys.begin] == 0) ++keys.begin;
   while (keys.begin < keys.end && mask[keys.end - 1] == 0) --keys.end;
   return keys;
+}
+
+// Cuts the splits into items. Heads of a split stay together, since parts of rows are read more
+// slowly, until less than a split is left for each thread: the last are shared out by heads, ever
+// finer, so that threads end together.
+void PlanItems(const SplitKvAttentionParams& p, const SplitLayout& layout, int64_t total_keys,
+               SplitPlan& plan) {
+  const int64_t work_per_key = layout.rows_per_block * (p.head_dim + p.v_head_dim);  // of a head
+  int64_t left = total_keys * p.num_kv_heads * work_per_key;
+  if (left >= kMinParallelWork) plan.num_threads = layout.num_threads;
+  for (size_t entry = 0; entry < plan.entries.size(); ++entry) {
+    for (int64_t split = 0; split < plan.entries[entry].num_splits; ++split) {
+      const int64_t work = plan.entries[entry].Split(split).size() * work_per_key;
+      for (int64_t head = 0; head < p.num_kv_heads;) {
+        int64_t end = std::min(p.num_kv_heads, head + layout.heads_per_item);
+        if (plan.num_threads > 1) {
+          const int64_t share = left / plan.num_threads;
+          const int64_t heads = std::max(share, kMinItemWork) / std::max<int64_t>(work, 1);
+          const int64_t parts = CeilDiv(end - head, std::max<int64_t>(heads, 1));
+          end = head + CeilDiv(end - head, parts);
+        }
+        plan.items.push_back({static_cast<int64_t>(entry), split, head, end});
+        left -= work * (end - head);
+        head = end;
+      }
+    }
+  }
 }
 
 KeyRange KeysOfRows(const SplitKvAttentionParams& p, int64_t batch_index, RowBlock rows) {
@@ -72,7 +107,9 @@ SplitLayout MakeSplitLayout(const SplitKvAttentionParams& p, int64_t num_threads
   } else if (p.kv_len > kMinPlannedSplit && num_threads > 1) {
     // A planned split has at least its share of all keys, so contexts of more than one split
     // have at most twice as many splits as there are shares.
-    layout.num_shares = CeilDiv(kItemsPerThread * num_threads, layout.num_head_groups);
+    const bool many = entries >= kItemsPerThreadOfMany * num_threads;
+    layout.num_shares = CeilDiv((many ? kItemsPerThreadOfMany : kItemsPerThread) * num_threads,
+                                layout.num_head_groups);
     layout.max_partials =
         std::min(2 * layout.num_shares, entries * CeilDiv(p.kv_len, kMinPlannedSplit));
   }
@@ -95,9 +132,6 @@ SplitPlan PlanSplits(const SplitKvAttentionParams& p, const SplitLayout& layout)
       plan.entries.push_back(entry);
     }
   }
-  const int64_t work_per_key = p.num_kv_heads * layout.rows_per_block * (p.head_dim + p.v_head_dim);
-  plan.work = total_keys * work_per_key;
-
   const int64_t planned =
       layout.num_shares == 0
           ? p.kv_len + kTileKeys
@@ -117,16 +151,13 @@ SplitPlan PlanSplits(const SplitKvAttentionParams& p, const SplitLayout& layout)
     entry.num_splits = keys.end <= entry.first_split_end
                            ? 1
                            : 1 + CeilDiv(keys.end - entry.first_split_end, entry.split_size);
-    entry.first_item = plan.num_items;
-    plan.num_items += entry.num_splits * layout.num_head_groups;
     if (entry.num_splits > 1) {
-      plan.merge_work +=
-          entry.num_splits * p.num_kv_heads * entry.rows.size() * PartialSize(p.v_head_dim);
       entry.first_partial = num_partials;
+      entry.merge = plan.num_merges++;
       num_partials += entry.num_splits;
-      ++plan.num_merges;
     }
   }
+  PlanItems(p, layout, total_keys, plan);
   return plan;
 }
 

@@ -41,8 +41,8 @@ struct SplitEntry {
   int64_t split_size = 0;  // keys in a split; the first may be shorter
   int64_t first_split_end = 0;
   int64_t num_splits = 0;
-  int64_t first_item = 0;     // number of this entry's first (split, head group)
   int64_t first_partial = 0;  // if num_splits > 1
+  int64_t merge = 0;          // its number among such entries
 
   KeyRange Split(int64_t i) const {
     KeyRange split;
@@ -53,12 +53,19 @@ struct SplitEntry {
   }
 };
 
+// Some heads of a split: what a thread takes at a time.
+struct PlannedItem {
+  int64_t entry = 0;
+  int64_t split = 0;
+  int64_t head_begin = 0;
+  int64_t head_end = 0;
+};
+
 struct SplitPlan {
   std::vector<SplitEntry> entries;
-  int64_t num_items = 0;
-  int64_t num_merges = 0;  // entries with more than one split
-  int64_t work = 0;        // multiply-adds
-  int64_t merge_work = 0;  // floats to merge
+  std::vector<PlannedItem> items;  // in the order in which they are to be begun
+  int64_t num_threads = 1;         // worth using
+  int64_t num_merges = 0;          // entries with more than one split
 };
 
 // Plans with the lengths at hand. Deterministic in its arguments, so results repeat bit for bit.

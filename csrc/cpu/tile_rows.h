@@ -89,14 +89,20 @@ class RowFetcher {
     if (rows > kBlockKeys) rows = kBlockKeys;
     for (const char* const* end = begin_ + rows; row_ < end; ++row_) {
       const char* line = *row_ + offset_;
-      for (const char* row_end = line + row_bytes_; line < row_end; line += kTileRowBytes) {
-        __builtin_prefetch(line, 0, 3);
+      const char* const row_end = line + row_bytes_;
+      // Four lines at a time: deciding about each would take as long as asking for it.
+      for (; line + 4 * kTileRowBytes <= row_end; line += 4 * kTileRowBytes) {
+        for (int i = 0; i < 4; ++i) __builtin_prefetch(line + i * kTileRowBytes, 0, kLevel);
       }
+      for (; line < row_end; line += kTileRowBytes) __builtin_prefetch(line, 0, kLevel);
     }
   }
 
  private:
   static constexpr int kShift = 16;
+  // The second-level cache: rows that are a power of two apart share few places of the first, and
+  // would be gone before they are used.
+  static constexpr int kLevel = 2;
   const char* const* row_;
   const char* const* begin_;
   int64_t offset_, row_bytes_;
