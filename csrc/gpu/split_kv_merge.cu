@@ -13,9 +13,9 @@ namespace {
 
 struct Slots {
   int count = 0;
-  int64_t first = 0;   // slot of the first part
-  int64_t second = 0;  // of the second
-  int64_t step = 0;    // to each after it
+  int first = 0;   // slot of the first part
+  int second = 0;  // of the second
+  int step = 0;    // to each after it
 
   JAX_ATTN_DEVICE int64_t At(int i) const { return i == 0 ? first : second + (i - 1) * step; }
 };
@@ -25,8 +25,8 @@ JAX_ATTN_DEVICE Slots SlotsOfUnits(const Shares& shares, int begin, int units) {
   Slots slots;
   const int group = shares.GroupOf(begin);
   slots.count = shares.GroupOf(begin + units - 1) - group + 1;
-  slots.first = int64_t{2} * group + (static_cast<uint32_t>(begin) == shares.Begin(group) ? 0 : 1);
-  slots.second = int64_t{2} * (group + 1);
+  slots.first = 2 * group + (static_cast<uint32_t>(begin) == shares.Begin(group) ? 0 : 1);
+  slots.second = 2 * (group + 1);
   slots.step = 2;
   return slots;
 }
@@ -62,10 +62,19 @@ template <typename Params>
 JAX_ATTN_DEVICE Slots SlotsOfEntry(const Params& p, const SplitWork& w, int index) {
   Slots slots;
   slots.count = FixedSplits(w, Entry(p, w, index).keys).count();
-  slots.first = static_cast<int64_t>(index) * w.max_splits;
+  slots.first = index * w.max_splits;
   slots.second = slots.first + 1;
   slots.step = 1;
   return slots;
+}
+
+// The parts of what a block merges: entry `index`, or one that begins in the share of group
+// `index`, which is written to `entry`.
+template <typename Params>
+JAX_ATTN_DEVICE Slots FindSlots(const Params& p, const SplitWork& w, int index, int& entry) {
+  if (w.cut != Cut::kShares) return SlotsOfEntry(p, w, index);
+  if (w.merges_entries()) return SlotsOfEntryInShares(p, w, index);
+  return SlotsOfShare(p, w, index, entry);
 }
 
 JAX_ATTN_DEVICE int64_t SinksOffset(const SplitKvAttentionParams& p, int64_t batch_index) {
@@ -75,15 +84,24 @@ JAX_ATTN_DEVICE int64_t SinksOffset(const StreamParams&, int64_t) { return 0; }
 
 template <typename Params>
 __global__ void __launch_bounds__(kMergeThreads)
-    MergeKernel(JAX_ATTN_PARAMETER Params p, JAX_ATTN_PARAMETER SplitWork w) {
+    MergeKernel(JAX_ATTN_PARAMETER Params first_p, JAX_ATTN_PARAMETER SplitWork first_w) {
   __shared__ float tops[kMergeThreads];
   __shared__ float totals[kMergeThreads];
   __shared__ float4 sums[kMergeThreads];
   constexpr int kAtOnce = 4;
+  // Lengths decide which parts there are, and were there before the split kernel began.
+  const int index = first_w.kv_heads.Divide(first_w.merge_chunks.Divide(blockIdx.x));
+  int entry_index = index;
+  const Slots slots = FindSlots(first_p, first_w, index, entry_index);
+  if (slots.count <= 1) {
+    // What follows waits for this kernel alone, so that it must not end before the split kernel.
+    if (blockIdx.x == 0) WaitForPreviousKernel();
+    return;
+  }
+  const Params& p = FreshParameter(first_p);
+  const SplitWork& w = FreshParameter<Params>(first_w);
   const int chunk = w.merge_chunks.Remainder(blockIdx.x);
-  const int rest = w.merge_chunks.Divide(blockIdx.x);
-  const int kv_head = w.kv_heads.Remainder(rest);
-  const int index = w.kv_heads.Divide(rest);  // of a group or an entry
+  const int kv_head = w.kv_heads.Remainder(w.merge_chunks.Divide(blockIdx.x));
   const int v_head_dim = static_cast<int>(p.v_head_dim);
   // Threads that have the same four values take parts in turn, in an order that is fixed.
   const int columns = v_head_dim / 4;
@@ -91,16 +109,6 @@ __global__ void __launch_bounds__(kMergeThreads)
   const int num_lanes = kMergeThreads / threads_per_part;
   const int lane = threadIdx.x / threads_per_part, value = threadIdx.x % threads_per_part;
   const int row = chunk * w.merge_rows + value / columns, column = value % columns;
-  // Lengths decide which parts there are, and were there before the split kernel began.
-  int entry_index = index;
-  const Slots slots = w.cut != Cut::kShares ? SlotsOfEntry(p, w, index)
-                      : w.merges_entries()  ? SlotsOfEntryInShares(p, w, index)
-                                            : SlotsOfShare(p, w, index, entry_index);
-  if (slots.count <= 1) {
-    // What follows waits for this kernel alone, so that it must not end before the split kernel.
-    if (blockIdx.x == 0) WaitForPreviousKernel();
-    return;
-  }
   const EntryRows entry(p, w, entry_index);
   const bool exists = row < entry.num_rows;
   // Before the split kernel has ended, all is done once for nothing: by then keys have thrown the
