@@ -356,12 +356,12 @@ SplitPlan PlanSplits(const SplitKvAttentionParams& p, std::string_view variant,
     CutEntries(p, Cut::kCount, 1, plan);
     return plan;
   }
+  const auto fits = [&] { return plan.workspace_size <= workspace_limit; };
   CutIntoShares(p, groups, 0, plan);
   const int64_t num_late = NumLateGroups(p, plan, device);
   if (num_late != 0) CutIntoShares(p, groups, num_late, plan);
-  while (plan.workspace_size > workspace_limit && groups > 1) {
-    CutIntoShares(p, --groups, 0, plan);
-  }
+  if (num_late != 0 && !fits()) CutIntoShares(p, groups, 0, plan);
+  while (!fits() && groups > 1) CutIntoShares(p, --groups, 0, plan);
   return plan;
 }
 

@@ -84,6 +84,9 @@ int main() {
           PlanOf(c.batch, c.kv_heads, c.kv_len, lengths, true, plan.workspace_size - 1);
       Expect(small.workspace_size < plan.workspace_size, "workspace", small.workspace_size,
              plan.workspace_size);
+      const int num_groups = small.work.num_groups;
+      Expect(c.late == 0 ? num_groups < c.first : num_groups == c.first, "groups", num_groups,
+             c.first);
       CheckShares(small.work, 1000);
       const SplitPlan other = PlanOf(c.batch, c.kv_heads, c.kv_len, lengths, false, kNoLimit);
       Expect(other.work.num_groups == other.work.first_groups.divisor(), "groups of other kernels",
