@@ -241,6 +241,25 @@ def test_balanced_batches(batch, lengths, monkeypatch):
     check(problem, monkeypatch)
 
 
+@pytest.mark.parametrize("length", [None, 12288, 7001, 300, 0])
+def test_many_kv_heads(length):
+    # There are so few groups of so many blocks that Hopper's kernels have late groups too.
+    keys = jax.random.split(jax.random.key(0), 3)
+    query = jax.random.normal(keys[0], (1, 1, 64, 128), jnp.bfloat16)
+    key, value = (jax.random.normal(k, (1, 12288, 64, 128), jnp.bfloat16) for k in keys[1:])
+    lengths = None if length is None else jnp.asarray([length], jnp.int32)
+    attend = functools.partial(
+        jax_attn.split_kv_attention, query, key, value, kv_lengths=lengths, return_lse=True
+    )
+    expected, first, again = (
+        [np.asarray(x, np.float32) for x in attend(implementation=name)]
+        for name in ("xla", "native", "native")
+    )
+    for a, b, c in zip(expected, first, again, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-2)
+        np.testing.assert_array_equal(b, c)
+
+
 @pytest.mark.parametrize("kv_len, scratch", [(512, False), (16384, True)])
 def test_short_contexts_are_balanced_only_if_that_pays(kv_len, scratch):
     # Otherwise an entry's blocks have all of it, whatever its length, and nothing is merged.

@@ -187,10 +187,6 @@ std::string LaunchKernels(const SplitKvAttentionParams& params, SplitPlan plan, 
   w.allows_next =
       2 * blocks <= device.num_cores || (plan.merges && 4 * merge_blocks <= device.num_cores);
   w.partials = p.workspace;
-  if (plan.merges && w.cut == Cut::kShares && !w.uniform) {
-    w.ends = reinterpret_cast<ShareEnd*>(p.workspace);
-    w.partials += EndsSize(w);
-  }
   const bool streams = plan.shape.stream;
   const void* kernel = streams ? FindStreamKernel(p.key.dtype, plan.shape)
                                : FindSplitKernel(p.key.dtype, plan.shape);

@@ -108,11 +108,6 @@ __global__ void __launch_bounds__(Core::kShape.waves* kWave, Core::kShape.matrix
     parts.Resume();
     if (parts.More()) __syncthreads();  // what the waves exchanged has been read
   }
-  const SplitWork& fresh_w = FreshParameter<SplitKvAttentionParams>(w);
-  if (fresh_w.ends == nullptr || threadIdx.x != 0) return;
-  if (parts.group() * fresh_w.kv_heads.divisor() == Uniform(block)) {
-    fresh_w.ends[parts.group()] = parts.End();
-  }
 }
 
 }  // namespace jax_attn::gpu

@@ -84,19 +84,32 @@ struct RowState {
   float top = -kInfinity, total = 0;
   float4 sum = {0, 0, 0, 0};
 
-  // Adds a part of the row's keys.
-  JAX_ATTN_DEVICE void Add(float other_top, float other_total, const float4& x) {
-    const float new_top = Max(top, other_top), base = Base(new_top);
-    const float keep = Exp2(top - base), factor = Exp2(other_top - base);
+  // Makes `new_top`, which is no smaller, what values are relative to. Parts that are added
+  // together do not wait for each other then.
+  JAX_ATTN_DEVICE void Raise(float new_top) {
+    const float keep = Exp2(top - Base(new_top));
     top = new_top;
-    total = keep * total + factor * other_total;
-    sum.x = keep * sum.x + factor * x.x;
-    sum.y = keep * sum.y + factor * x.y;
-    sum.z = keep * sum.z + factor * x.z;
-    sum.w = keep * sum.w + factor * x.w;
+    total *= keep;
+    sum.x *= keep;
+    sum.y *= keep;
+    sum.z *= keep;
+    sum.w *= keep;
   }
 
-  JAX_ATTN_DEVICE void Add(const RowState& other) { Add(other.top, other.total, other.sum); }
+  // Adds a part of the row's keys, whose maximum is no larger.
+  JAX_ATTN_DEVICE void AddBelow(float other_top, float other_total, const float4& x) {
+    const float factor = Exp2(other_top - Base(top));
+    total += factor * other_total;
+    sum.x += factor * x.x;
+    sum.y += factor * x.y;
+    sum.z += factor * x.z;
+    sum.w += factor * x.w;
+  }
+
+  JAX_ATTN_DEVICE void Add(const RowState& other) {
+    Raise(Max(top, other.top));
+    AddBelow(other.top, other.total, other.sum);
+  }
 };
 
 // Four values of a row of a partial result; `column` counts such fours.

@@ -58,24 +58,38 @@ class Divisor {
 static_assert(Divisor(7).Divide(2147483647) == 306783378 && Divisor(7).Remainder(13) == 6);
 static_assert(Divisor(1).Divide(2147483647) == 2147483647 && Divisor(128).Divide(127) == 0);
 
-// The last entry of a share: what is needed to find the parts of an entry that begins there and
-// goes on in the next shares. In units, counted from the first of all entries.
-struct ShareEnd {
-  int32_t entry;
-  int32_t begin, end;
-  int32_t share;  // of each group
+// How all keys are shared out, in units that are counted from the first of all entries. Late groups
+// come last and have less: their blocks find no core that is free at first, and go to those that
+// end before others do.
+struct Shares {
+  int32_t num_first = 0;  // groups before the late ones
+  int32_t size = 0;
+  int32_t late_size = 0;
+
+  // Past all units for the groups that are left without any.
+  constexpr uint32_t Begin(int group) const {
+    const int first = group < num_first ? group : num_first;
+    return static_cast<uint32_t>(first) * static_cast<uint32_t>(size) +
+           static_cast<uint32_t>(group - first) * static_cast<uint32_t>(late_size);
+  }
+  // The group that has a unit.
+  constexpr int GroupOf(int unit) const {
+    const uint32_t late = Begin(num_first), place = static_cast<uint32_t>(unit);
+    return place < late ? unit / size : num_first + static_cast<int>(place - late) / late_size;
+  }
 };
 
 struct SplitWork {
   Cut cut = Cut::kShares;
-  bool uniform = true;  // all entries have the same keys
-  bool merged = false;  // a merge kernel follows
+  bool uniform = true;    // all entries have the same keys
+  bool sees_all = false;  // queries see all keys of their context
+  bool merged = false;    // a merge kernel follows
   // What comes after the last kernel may start before that one ends. Where cores are busy its
   // blocks would come to the first ones that are free, and less evenly than if they had to wait.
   bool allows_next = false;
-  Divisor kv_heads;   // block index: group, kv head
-  Divisor units;      // of each entry, if uniform
-  int32_t share = 0;  // of a group, in units, if uniform
+  Divisor kv_heads;  // block index: group, kv head
+  Divisor units;     // of each entry of full length
+  Shares shares;     // if all entries have it
   int32_t num_groups = 0;
   // Blocks of one kv head that follow each other in the grid, have one entry together and merge
   // what they find. 1, or kMaxCluster in stream kernels.
@@ -89,11 +103,11 @@ struct SplitWork {
   int64_t token_rows = 0;  // strides of keys and values in rows
   int64_t page_rows = 0;
   int64_t partial_stride = 0;  // floats of a partial result, one kv head
-  ShareEnd* ends = nullptr;    // of each group; kShares, if merged
   float* partials = nullptr;   // [slot][kv head]; values [rows][v_head_dim], tops, totals
   Divisor unit;                // unit_keys
   Divisor row_blocks;          // num_row_blocks
-  Divisor groups;              // num_groups
+  Divisor first_groups;        // groups before the late ones
+  Divisor late;                // of all units, a late share has this part
   Divisor splits;              // max_splits
   Divisor split;               // split_size
   int32_t merge_rows = 1;      // of a block of the merge kernel
@@ -112,11 +126,20 @@ struct SplitWork {
     return cut == Cut::kShares ? 2 * static_cast<int64_t>(num_groups) : num_groups;
   }
 
+  // The shares of so many units.
+  constexpr Shares SharesOf(int total) const {
+    Shares result;
+    result.num_first = first_groups.divisor();
+    const int num_late = num_groups - result.num_first;
+    if (num_late != 0) result.late_size = late.Divide(total + late.divisor() - 1);
+    const int rest = total - num_late * result.late_size;
+    result.size = rest <= 0 ? 1 : first_groups.Divide(rest + result.num_first - 1);
+    return result;
+  }
+
   // A merge kernel counts entries, or the groups in which they begin: of entries that were cut,
   // each begins as the last one of a share.
-  constexpr bool merges_entries() const {
-    return cut != Cut::kShares || (uniform && num_entries < num_groups);
-  }
+  constexpr bool merges_entries() const { return cut != Cut::kShares || num_entries < num_groups; }
   constexpr int num_merges() const { return merges_entries() ? num_entries : num_groups; }
 };
 

@@ -40,11 +40,17 @@ JAX_ATTN_DEVICE void PrefetchStart(const StreamParams& p, const SplitWork& w, in
     PrefetchLine(p.kv_lengths.At(p.batch, Lane() * kLine));
   }
   if (p.page_size == 0) return;
-  const int64_t place = int64_t{group} * w.num_entries;
-  const int entry = static_cast<int>(place / w.num_groups);
-  const int64_t rest = place - int64_t{entry} * w.num_groups;
-  const int key = static_cast<int>(rest * p.kv_len / w.num_groups) + Lane() * step;
-  if (key >= p.kv_len) return;
+  int entry, key;
+  if (w.cut == Cut::kShares) {
+    const int start = static_cast<int>(w.shares.Begin(group));
+    entry = w.units.Divide(start);
+    key = (start - entry * w.units.divisor()) * w.unit_keys;
+  } else {
+    entry = w.splits.Divide(group);
+    key = w.splits.Remainder(group) * w.splits.Divide(p.kv_len);
+  }
+  key += Lane() * step;
+  if (entry >= w.num_entries || key >= p.kv_len) return;
   PrefetchLine(p.page_table.At(p.batch, w.row_blocks.Divide(entry)) + p.pages.Divide(key));
 }
 
@@ -120,8 +126,9 @@ __global__ void __launch_bounds__(kStreamThreads<kDim, kRows>, 1)
   }
   TileWalk<kTileKeys, kWaves> walk(p, w, group, wave);
   WaitForPreviousKernel();
-  if constexpr (SizeOf(kStored) == 1) {
-    if (is_spare && walk.more()) PrefetchScales(p, walk.rows(), kv_head);
+  if (is_spare && walk.more()) {
+    PrefetchQueries<kDim>(p, walk.rows(), kv_head);
+    if constexpr (SizeOf(kStored) == 1) PrefetchScales(p, walk.rows(), kv_head);
   }
   // Before any copy: it waits for those that are under way.
   if (w.merged || w.allows_next) AllowNextKernel();
@@ -167,7 +174,6 @@ __global__ void __launch_bounds__(kStreamThreads<kDim, kRows>, 1)
     if (!rehearses) more = walk.NextPart();
     rehearses = false;
   }
-  if (w.ends != nullptr && kv_head == 0 && threadIdx.x == 0) w.ends[group] = walk.End();
 #endif
 }
 

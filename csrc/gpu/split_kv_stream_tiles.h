@@ -53,7 +53,6 @@ class TileWalk {
   JAX_ATTN_DEVICE int64_t slot() const { return slot_; }
   JAX_ATTN_DEVICE int wave() const { return wave_; }
   JAX_ATTN_DEVICE int num_batches() const { return w_.row_blocks.Divide(w_.num_entries); }
-  JAX_ATTN_DEVICE ShareEnd End() const { return parts_.End(); }
 
  private:
   const StreamParams& p_;
@@ -75,7 +74,17 @@ JAX_ATTN_DEVICE const uint16_t* QueryRow(const StreamParams& p, const EntryRows&
          RowIndex(p, kv_head, rows.first_row + row) * dim;
 }
 
-// The copies of a wave.
+// Brings the queries of an entry to L2.
+template <int kDim>
+JAX_ATTN_DEVICE void PrefetchQueries(const StreamParams& p, const EntryRows& rows, int kv_head) {
+  constexpr int kLines = kDim * 2 / 128;
+#pragma unroll 1
+  for (int i = Lane(); i < rows.num_rows * kLines; i += kWave) {
+    PrefetchLine(QueryRow(p, rows, kv_head, i / kLines, kDim) + i % kLines * 64);
+  }
+}
+
+// The copies of a wave. The queries of the first part are there or on their way.
 template <int kDim, int kTileKeys, int kWaves, int kStages>
 class TileStream {
  public:
@@ -90,9 +99,17 @@ class TileStream {
     }
     in_parts_ = StreamBoxKeys(kTileKeys, kDim, p.page_size) < kTileKeys;
     active_ = active && walk_.more();
-    if (active_) BeginPart();
+    if (active_) BeginPages();
+    int stage = 0;
+    // Those of the first part on their own: the code of all that may come between tiles is long,
+    // and each line of it a wait.
 #pragma unroll 1
-    for (int i = 0; i < kStages; ++i) Begin(i);
+    for (; stage < kStages && active_ && walk_.InPart(); ++stage) {
+      BeginTile(stage);
+      walk_.NextTile();
+    }
+#pragma unroll 1
+    for (; stage < kStages; ++stage) Begin(stage);
   }
 
   // The next tile, once it is there.
@@ -120,11 +137,24 @@ class TileStream {
 
   // Begins the copy of the next tile, if there is one, to a stage that nobody reads.
   JAX_ATTN_DEVICE void Begin(int stage) {
-    while (active_ && !walk_.InPart()) {
-      active_ = walk_.NextPart();
-      if (active_) BeginPart();
+    for (; active_; active_ = NextPart()) {
+      if (!walk_.InPart()) continue;
+      BeginTile(stage);
+      walk_.NextTile();
+      return;
     }
-    if (!active_) return;
+  }
+
+  JAX_ATTN_DEVICE bool NextPart() {
+    if (!walk_.NextPart()) return false;
+    // What a wave reads before it can work on the part is asked for before the tiles of the part,
+    // since later requests wait behind them.
+    if (walk_.wave() == 0) PrefetchQueries<kDim>(p_, walk_.rows(), kv_head_);
+    BeginPages();
+    return true;
+  }
+
+  JAX_ATTN_DEVICE void BeginTile(int stage) {
     int row = walk_.key(), outer = walk_.rows().batch_index * p_.kv_batch;
     int second_row = row + kStreamMinKeys, second_outer = outer;
     if (p_.page_size != 0) {
@@ -155,7 +185,6 @@ class TileStream {
         }
       }
     }
-    walk_.NextTile();
   }
 
   // Page `i` of those that were loaded.
@@ -164,23 +193,12 @@ class TileStream {
     return first_page_ + min(max(Broadcast(pages_, i), 0), p_.num_pages - 1);
   }
 
-  // What a wave reads before it can work on the part is asked for before the tiles of the part,
-  // since later requests wait behind them.
-  JAX_ATTN_DEVICE void BeginPart() {
-    if (walk_.wave() == 0) PrefetchQueries();
+  JAX_ATTN_DEVICE void BeginPages() {
     if (p_.page_size == 0) return;
     if (walk_.wave() == 0) PrefetchPagesOfNextEntry();
     pages_ = LoadPages(walk_.key());
     next_pages_ = LoadPages(walk_.key() + kPagedTiles * Walk::kStep);
     tile_ = 0;
-  }
-
-  JAX_ATTN_DEVICE void PrefetchQueries() const {
-    constexpr int kLines = kDim * 2 / 128;
-    const EntryRows& rows = walk_.rows();
-    for (int i = Lane(); i < rows.num_rows * kLines; i += kWave) {
-      PrefetchLine(QueryRow(p_, rows, kv_head_, i / kLines, kDim) + i % kLines * 64);
-    }
   }
 
   // The first ones that LoadPages will ask for, if the entry is not the last.

@@ -41,17 +41,23 @@ struct Context {
 };
 
 template <typename Params>
-JAX_ATTN_DEVICE Context ContextOf(const Params& p, int64_t batch_index) {
-  Context context{static_cast<int>(p.kv_len), 0};
-  if (p.kv_lengths.data != nullptr) {
-    context.length = min(max(*p.kv_lengths.At(p.batch, batch_index), 0), context.length);
-  }
+JAX_ATTN_DEVICE int LengthOf(const Params& p, int64_t batch_index) {
+  const int all = static_cast<int>(p.kv_len);
+  if (p.kv_lengths.data == nullptr) return all;
+  return min(max(*p.kv_lengths.At(p.batch, batch_index), 0), all);
+}
+
+template <typename Params>
+JAX_ATTN_DEVICE Context ContextOf(const Params& p, const SplitWork& w, int64_t batch_index) {
+  const int length = LengthOf(p, batch_index);
+  Context context{length, length - static_cast<int>(p.query_len)};
+  if (w.sees_all) return context;
   if (p.query_offset.data != nullptr) {
     // So far outside that no sum with it leaves 32 bits.
     constexpr int kFar = 1 << 30;
     context.first_query = min(max(*p.query_offset.At(p.batch, batch_index), -kFar), kFar);
-  } else if (p.causal != Causal::kTopLeft) {
-    context.first_query = context.length - static_cast<int>(p.query_len);
+  } else if (p.causal == Causal::kTopLeft) {
+    context.first_query = 0;
   }
   return context;
 }
@@ -81,6 +87,12 @@ struct EntryRows {
         num_rows(min(w.rows_per_block, w.num_rows - first_row)) {}
 };
 
+// Units of so many keys; an entry without keys has one, since its rows must be written too.
+JAX_ATTN_DEVICE int UnitsOf(const SplitWork& w, int num_keys) {
+  return max(1, w.unit.Divide(num_keys + w.unit_keys - 1));
+}
+
+// Rows and the keys that they see.
 struct Entry : EntryRows {
   Context context;
   KeyRange keys;    // that some row sees
@@ -88,7 +100,9 @@ struct Entry : EntryRows {
 
   template <typename Params>
   JAX_ATTN_DEVICE Entry(const Params& p, const SplitWork& w, int index)
-      : EntryRows(p, w, index), context(ContextOf(p, batch_index)) {
+      : EntryRows(p, w, index), context(ContextOf(p, w, batch_index)) {
+    keys = common = {0, context.length};
+    if (w.sees_all) return;  // the rest would be half of what a block does before its first copy
     // Both ends of what a query sees move forward with the query.
     const KeyRange first = VisibleKeys(p, context, QueryOfRow(p, first_row));
     const KeyRange last = VisibleKeys(p, context, QueryOfRow(p, first_row + num_rows - 1));
@@ -96,11 +110,14 @@ struct Entry : EntryRows {
     common = {last.begin, first.end};
   }
 
-  // Units of keys; an entry without keys has one, since its rows must be written too.
-  JAX_ATTN_DEVICE int units(const SplitWork& w) const {
-    return max(1, w.unit.Divide(keys.size() + w.unit_keys - 1));
-  }
+  JAX_ATTN_DEVICE int units(const SplitWork& w) const { return UnitsOf(w, keys.size()); }
 };
+
+template <typename Params>
+JAX_ATTN_DEVICE int UnitsOfEntry(const Params& p, const SplitWork& w, int index) {
+  if (!w.sees_all) return Entry(p, w, index).units(w);
+  return UnitsOf(w, LengthOf(p, w.row_blocks.Divide(index)));
+}
 
 // The splits of an entry that is cut by itself.
 struct FixedSplits {
@@ -137,6 +154,12 @@ JAX_ATTN_DEVICE int SumOfLanesBefore(int x) {
   return sum - x;
 }
 
+JAX_ATTN_DEVICE int SumOfLanes(int x) {
+#pragma unroll
+  for (int d = 1; d < kWave; d *= 2) x += ShuffleXor(x, d);
+  return x;
+}
+
 // The first lane that says so; kWave if none does.
 JAX_ATTN_DEVICE int FirstLane(bool x) {
   const uint64_t lanes = Ballot(x);
@@ -145,40 +168,50 @@ JAX_ATTN_DEVICE int FirstLane(bool x) {
 
 // Where a share begins.
 struct Place {
-  int share = 0;  // units
+  Shares shares;
+  int start;  // units of all entries that belong to groups before
+  int units;  // of this share
   int entry = 0;
   int offset = 0;  // units of the entry that belong to groups before
-  int units = 0;   // of this share
+
+  // That of a group, where entries have `total` units. The entry is still to be found.
+  JAX_ATTN_DEVICE Place(const Shares& shares, int group, int total)
+      : shares(shares),
+        start(static_cast<int>(min(shares.Begin(group), static_cast<uint32_t>(total)))),
+        units(static_cast<int>(min(shares.Begin(group + 1), static_cast<uint32_t>(total))) -
+              start) {}
 };
 
 // Finds the share of a group; every lane of the wave calls it. Without units there is none.
 template <typename Params>
 JAX_ATTN_DEVICE Place FindShare(const Params& p, const SplitWork& w, int group) {
-  Place place;
   if (w.uniform) {
-    place.share = w.share;
-    const int start = group * place.share;
-    place.entry = w.units.Divide(start);
-    place.offset = start - place.entry * w.units.divisor();
-    place.units = min(place.share, w.units.divisor() * w.num_entries - start);
+    Place place(w.shares, group, w.units.divisor() * w.num_entries);
+    place.entry = w.units.Divide(place.start);
+    place.offset = place.start - place.entry * w.units.divisor();
     return place;
   }
-  // Without branches, so that lengths are asked for together.
-  const auto count = [&](int i, int end) {
-    const int units = Entry(p, w, min(i, w.num_entries - 1)).units(w);
-    return i < end ? units : 0;
-  };
+  const auto count = [&](int i, int end) { return i < end ? UnitsOfEntry(p, w, i) : 0; };
   // Each lane counts entries that follow each other.
-  const int lane = Lane(), per_lane = CeilDiv(w.num_entries, kWave);
+  const int lane = Lane(), per_lane = CeilDiv(w.num_entries, kWave), first = lane * per_lane;
   int own = 0;
+  if (w.sees_all) {
+    // Without branches, so that lengths are asked for together.
 #pragma unroll 4
-  for (int i = 0; i < per_lane; ++i) own += count(lane * per_lane + i, w.num_entries);
+    for (int i = first; i < first + per_lane; ++i) {
+      const int index = w.row_blocks.Divide(min(i, w.num_entries - 1));
+      const int units = UnitsOf(w, LengthOf(p, index));
+      own += i < w.num_entries ? units : 0;
+    }
+  } else {
+#pragma unroll 1
+    for (int i = first; i < first + per_lane; ++i) own += count(i, w.num_entries);
+  }
   int sum = SumOfLanesBefore(own);
   const int total = Broadcast(sum + own, kWave - 1);
-  place.share = w.groups.Divide(total + w.num_groups - 1);
-  const int64_t start = static_cast<int64_t>(group) * place.share;
-  place.units = static_cast<int>(min(static_cast<int64_t>(place.share), total - start));
+  Place place(w.SharesOf(total), group, total);
   if (place.units <= 0) return place;
+  const int start = place.start;
   // The share begins in the entries of this lane, which all lanes look through.
   int found = FirstLane(sum + own > start), base = Broadcast(sum, found);
   place.entry = found * per_lane;
@@ -194,7 +227,7 @@ JAX_ATTN_DEVICE Place FindShare(const Params& p, const SplitWork& w, int group) 
     place.entry += found;
     base = Broadcast(sum, found);
   }
-  place.offset = static_cast<int>(start - base);
+  place.offset = start - base;
   return place;
 }
 
@@ -205,18 +238,18 @@ class Parts {
   JAX_ATTN_DEVICE Parts(const Params& p, const SplitWork& w, int group) : group_(group) {
     if (w.cut == Cut::kShares) {
       const Place place = FindShare(p, w, group);
-      place_.share = Uniform(place.share);
-      place_.entry = Uniform(place.entry);
-      place_.offset = Uniform(place.offset);
-      place_.units = Uniform(place.units);
+      entry_ = Uniform(place.entry);
+      offset_ = Uniform(place.offset);
+      units_ = Uniform(place.units);
     } else {
-      place_.entry = w.splits.Divide(group);
-      place_.units = 1;
+      entry_ = w.splits.Divide(group);
+      offset_ = 0;
+      units_ = 1;
     }
   }
 
-  JAX_ATTN_DEVICE bool More() const { return place_.units > 0; }
-  JAX_ATTN_DEVICE int entry() const { return place_.entry; }
+  JAX_ATTN_DEVICE bool More() const { return units_ > 0; }
+  JAX_ATTN_DEVICE int entry() const { return entry_; }
   JAX_ATTN_DEVICE int group() const { return group_; }
 
   // Goes on to the next part, of `entry`: its keys, and the slot of its partial result, which is
@@ -227,46 +260,34 @@ class Parts {
       const int split = w.splits.Remainder(group_);
       keys = splits.Split(split);
       slot = entry.keys.end <= splits.first_end ? -1 : group_;
-      place_.units = 0;
+      units_ = 0;
       return split == 0 || keys.begin < keys.end;
     }
-    units_ = entry.units(w);
-    const int taken = min(units_ - place_.offset, place_.units);
-    const int begin = entry.keys.begin + place_.offset * w.unit_keys;
+    const int units = entry.units(w), taken = min(units - offset_, units_);
+    const int begin = entry.keys.begin + offset_ * w.unit_keys;
     keys = {begin, min(entry.keys.end, begin + taken * w.unit_keys)};
-    slot = taken == units_ ? -1 : int64_t{2} * group_ + (done_ == 0 ? 0 : 1);
-    begin_ = group_ * place_.share + done_ - place_.offset;
-    done_ += taken;
-    place_.units -= taken;
-    place_.offset = 0;
-    ++place_.entry;
+    slot = taken == units ? -1 : int64_t{2} * group_ + later_;
+    later_ = 1;
+    units_ -= taken;
+    offset_ = 0;
+    ++entry_;
     return true;
   }
 
   // While a part is worked on, this waits in registers of lanes, of which AMD GPUs have more.
   JAX_ATTN_DEVICE void Rest() {
-    for (int* x : {&group_, &place_.share, &place_.entry, &place_.offset, &place_.units, &done_,
-                   &begin_, &units_}) {
-      *x = FreshOfLane(*x);
-    }
+    for (int* x : {&group_, &entry_, &offset_, &units_, &later_}) *x = FreshOfLane(*x);
   }
   JAX_ATTN_DEVICE void Resume() {
-    for (int* x : {&group_, &place_.share, &place_.entry, &place_.offset, &place_.units, &done_,
-                   &begin_, &units_}) {
-      *x = Uniform(*x);
-    }
-  }
-
-  // Of the share, once there are no more parts.
-  JAX_ATTN_DEVICE ShareEnd End() const {
-    return {place_.entry - 1, begin_, begin_ + units_, place_.share};
+    for (int* x : {&group_, &entry_, &offset_, &units_, &later_}) *x = Uniform(*x);
   }
 
  private:
   int group_;
-  Place place_;
-  int done_ = 0;               // units of the parts before
-  int begin_ = 0, units_ = 0;  // of the last entry, counted from the first of all
+  int entry_;
+  int offset_;     // units of the entry that belong to groups before
+  int units_;      // that are left of the share
+  int later_ = 0;  // 1 after the first part
 };
 
 // ---- Addresses

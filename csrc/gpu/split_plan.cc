@@ -32,6 +32,12 @@ constexpr double kStreamMerge = 3500;
 constexpr double kStreamNoMerge = 1100;  // if it finds that nothing was cut
 constexpr double kStreamCluster = 2200;  // if blocks merge by themselves
 
+// Late groups: see NumLateGroups.
+constexpr int kLatePart = 16;   // they have this part of all units
+constexpr int kLateRounds = 2;  // blocks of theirs for a core
+constexpr int kLongShare = 48;  // units
+constexpr int kParts = 16;      // of an entry, that a block of the merge kernel reads at once
+
 constexpr int64_t kMaxPages = int64_t{1} << 31;  // that a tensor map can tell apart
 
 // What the runtime keeps for itself of a block's shared memory, and static arrays.
@@ -180,6 +186,20 @@ void CutEntries(const SplitKvAttentionParams& p, Cut cut, int64_t max_splits, Sp
   }
 }
 
+// Late groups for a plan that has none. Cores read at different rates, and the fewer groups there
+// are, of more blocks each, the further the last blocks fall behind: 2 % with 32 kv heads. With 8
+// there are so many groups that more parts would cost more than even ends gain.
+int64_t NumLateGroups(const SplitKvAttentionParams& p, const SplitPlan& plan,
+                      const Device& device) {
+  const SplitWork& w = plan.work;
+  const bool cuts = plan.merges || w.cluster > 1;
+  if (!plan.shape.stream || !cuts || w.shares.size < kLongShare) return 0;
+  const int64_t groups =
+      std::min<int64_t>(kLateRounds * device.num_cores / p.num_kv_heads, kParts - w.num_groups);
+  // Late groups are to have much less than others.
+  return 2 * groups < w.num_groups ? 0 : groups;
+}
+
 // Whether balancing contexts of different lengths gains nothing, where a group would have one of
 // full length: at best it saves all but an equal share of the longest, and then it merges.
 bool BalancingIsIdle(const SplitKvAttentionParams& p, const SplitPlan& plan, const Device& device,
@@ -198,22 +218,27 @@ bool BalancingIsIdle(const SplitKvAttentionParams& p, const SplitPlan& plan, con
 
 }  // namespace
 
-void CutIntoShares(const SplitKvAttentionParams& p, int64_t num_groups, SplitPlan& plan) {
+void CutIntoShares(const SplitKvAttentionParams& p, int64_t num_groups, int64_t num_late,
+                   SplitPlan& plan) {
   SplitWork& w = plan.work;
   const int64_t units = UnitsPerEntry(p, w), total = units * w.num_entries;
   const int64_t share = (total + num_groups - 1) / num_groups;
   w.cut = Cut::kShares;
   w.num_groups = CeilDiv(total, share);
-  w.groups = Divisor(w.num_groups);
+  w.first_groups = Divisor(w.num_groups);
+  w.late = Divisor(std::max<int64_t>(1, kLatePart * num_late));
+  w.num_groups += static_cast<int32_t>(num_late);
   w.units = Divisor(units);
-  w.share = static_cast<int32_t>(share);
-  plan.num_splits = CeilDiv(units, share);
-  w.cluster = FormsClusters(plan, units, share) ? kMaxCluster : 1;
+  w.shares = w.SharesOf(static_cast<int>(total));
+  // Of the first or of the last entry, which has late groups.
+  plan.num_splits = std::max(w.shares.GroupOf(static_cast<int>(units - 1)) + 1,
+                             w.shares.GroupOf(static_cast<int>(total - 1)) -
+                                 w.shares.GroupOf(static_cast<int>(total - units)) + 1);
+  w.cluster = num_late == 0 && FormsClusters(plan, units, share) ? kMaxCluster : 1;
   // Where lengths differ from what is planned for, shares end anywhere.
-  plan.merges = w.num_groups > 1 && w.cluster == 1 && !(w.uniform && share % units == 0);
-  plan.workspace_size = plan.merges ? (w.uniform ? 0 : EndsSize(w)) +
-                                          w.num_slots() * p.num_kv_heads * w.partial_stride
-                                    : 0;
+  plan.merges =
+      w.num_groups > 1 && w.cluster == 1 && !(w.uniform && num_late == 0 && share % units == 0);
+  plan.workspace_size = plan.merges ? w.num_slots() * p.num_kv_heads * w.partial_stride : 0;
 }
 
 double EstimateTime(const SplitKvAttentionParams& p, const SplitPlan& plan, const Device& device,
@@ -308,6 +333,9 @@ SplitPlan PlanSplits(const SplitKvAttentionParams& p, std::string_view variant,
     w.one_batch_dim = true;
     for (int i = 0; i < 11; ++i) w.batch_strides[i] = batches[i]->strides[0];
   }
+  w.sees_all =
+      p.sliding_window == 0 && p.query_offset.data == nullptr &&
+      (p.causal == Causal::kNone || (p.causal == Causal::kBottomRight && p.query_len == 1));
   w.uniform =
       p.kv_lengths.data == nullptr && p.query_offset.data == nullptr && w.num_row_blocks == 1;
   plan.shared_bytes = shape.stream ? StreamSharedBytes(shape)
@@ -328,8 +356,12 @@ SplitPlan PlanSplits(const SplitKvAttentionParams& p, std::string_view variant,
     CutEntries(p, Cut::kCount, 1, plan);
     return plan;
   }
-  CutIntoShares(p, groups, plan);
-  while (plan.workspace_size > workspace_limit && groups > 1) CutIntoShares(p, --groups, plan);
+  const auto fits = [&] { return plan.workspace_size <= workspace_limit; };
+  CutIntoShares(p, groups, 0, plan);
+  const int64_t num_late = NumLateGroups(p, plan, device);
+  if (num_late != 0) CutIntoShares(p, groups, num_late, plan);
+  if (num_late != 0 && !fits()) CutIntoShares(p, groups, 0, plan);
+  while (!fits() && groups > 1) CutIntoShares(p, --groups, 0, plan);
   return plan;
 }
 

@@ -32,19 +32,15 @@ struct SplitPlan {
   int64_t workspace_size = 0;  // floats
 };
 
-// Floats before partial results, for the ends of shares.
-constexpr int64_t EndsSize(const SplitWork& w) {
-  return static_cast<int64_t>(sizeof(ShareEnd) / sizeof(float)) * w.num_groups;
-}
-
 // Plans `p`, of which data is not read; `variant` is one of kVariants or empty for the best. With
 // less workspace there are fewer splits, as far as they are planned.
 SplitPlan PlanSplits(const SplitKvAttentionParams& p, std::string_view variant,
                      const Device& device,
                      int64_t workspace_limit = std::numeric_limits<int64_t>::max());
 
-// Cuts all keys into `num_groups` shares, or fewer if that is the same.
-void CutIntoShares(const SplitKvAttentionParams& p, int64_t num_groups, SplitPlan& plan);
+// Cuts all keys into `num_groups` shares, or fewer if that is the same, and `num_late` late ones.
+void CutIntoShares(const SplitKvAttentionParams& p, int64_t num_groups, int64_t num_late,
+                   SplitPlan& plan);
 
 // Nanoseconds that the cost model gives `num_groups` groups.
 double EstimateTime(const SplitKvAttentionParams& p, const SplitPlan& plan, const Device& device,
