@@ -8,6 +8,7 @@ import pytest
 import support
 
 import jax_attn
+from jax_attn._src import registration
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in jax_attn.platforms(), reason="this build of jax_attn has no kernels for the CPU"
@@ -15,11 +16,11 @@ pytestmark = pytest.mark.skipif(
 
 
 def plan(**sizes):
-    from jax_attn._native import _cpu
-
+    module = registration.native_module("cpu")
+    assert module is not None
     shape = {"query_len": 1, "num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128}
     options = {"v_head_dim": 128, "heads_first": False, "num_splits": 0, "split_size": 0}
-    return _cpu.split_kv_plan(**{"batch": 1, "kv_len": 4096} | shape | options | sizes)
+    return module.split_kv_plan(**{"batch": 1, "kv_len": 4096} | shape | options | sizes)
 
 
 def test_contexts_are_split_only_where_they_are_few():
