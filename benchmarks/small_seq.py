@@ -5,9 +5,9 @@
     python benchmarks/small_seq.py [--case REGEX] [--peer REGEX] [--json FILE] [--quick]
 
 Names of cases end in what is timed: the forward pass, the backward pass by itself with what it
-needs from the forward pass given, or both. The ceiling of a forward pass is a pass that reads as
-many bytes, and of the others one that copies them, measured in turn with the implementations.
-Results are compared with a float32 reference before anything is timed.
+needs from the forward pass given (on CPUs), or both. The ceiling of a forward pass is a pass that
+reads as many bytes, and of the others one that copies them, measured in turn with the
+implementations. Results are compared with a float32 reference before anything is timed.
 """
 
 import argparse
