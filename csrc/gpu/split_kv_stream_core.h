@@ -73,15 +73,7 @@ class StreamCore {
     const int last = walk.key() + kTileKeys;
     const bool whole = walk.key() >= walk.keys().begin && last <= walk.keys().end;
     if (!whole) ClearValues(walk, tile);
-    float x[kParts][kBlocks][kElements], other[kParts][kBlocks][kElements];
-#pragma unroll
-    for (int g = 0; g < kParts; ++g) {
-#pragma unroll
-      for (int n = 0; n < kBlocks; ++n) {
-#pragma unroll
-        for (int i = 0; i < kElements; ++i) x[g][n][i] = other[g][n][i] = 0;
-      }
-    }
+    float x[kParts][kBlocks][kElements] = {}, other[kParts][kBlocks][kElements] = {};
     const uint32_t keys = KeyRow(tile);
 #pragma unroll
     for (int c = 0; c < kSteps; ++c) {
