@@ -9,7 +9,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 #include <utility>
 
 #include "matrix_tiles.h"
@@ -23,15 +22,14 @@ namespace jax_attn::cpu::JAX_ATTN_TARGET {
 static_assert(kLanes == kMaxTileRows && sizeof(F32) == kTileRowBytes,
               "a vector is a row of a tile");
 
-// All tiles have the largest shape, so that each can serve for anything.
+// All tiles have the largest shape, so that each can serve for anything. No more than four are
+// used: a load into a tile waits until what used it has ended, unless the core has another to
+// rename it to, and each that holds something is one less.
 inline TileShapes WholeTiles() {
   TileShapes shapes;
   for (int tile = 0; tile < kNumTiles; ++tile) shapes.Set(tile, kMaxTileRows, kTileRowBytes);
   return shapes;
 }
-
-template <int kTile>
-using TileNumber = std::integral_constant<int, kTile>;
 
 // Rows cut into groups of at most `most`; the last begins earlier if it would have fewer than the
 // others, so that all have as many.
@@ -135,8 +133,7 @@ inline void PackQuery(const RowGroups& groups, int64_t row, const uint16_t* quer
 }
 
 // Scores all rows of a kv head against the keys of a block: s[row][key]. Fetches some rows
-// meanwhile. A tile is loaded again as late as there are tiles for: a core whose other thread is
-// busy too has no others to rename it to.
+// meanwhile.
 inline void ScoreRowsWithTiles(Tiles& tiles, int64_t num_rows, const uint32_t* queries,
                                const TileRows* keys, int64_t head_dim, float* s,
                                RowFetcher& upcoming, int64_t num_upcoming) {
@@ -149,20 +146,15 @@ inline void ScoreRowsWithTiles(Tiles& tiles, int64_t num_rows, const uint32_t* q
     for (int g = 0; g < kKeyGroups; g += 2) {
       tiles.Clear<0>();
       tiles.Clear<1>();
-      // Adds the products of 32 elements of two groups of keys.
-      const auto add = [&](int64_t offset, auto query, auto first_keys, auto second_keys) {
-        tiles.Load<query>(queries + offset / kTileRowBytes * kMaxTileRows * kLanes, kTileRowBytes);
-        tiles.Load<first_keys>(keys[g].first + offset, keys[g].stride);
-        tiles.AddProducts<0, first_keys, query>();
+      // Products of 32 elements with two groups of keys.
+      for (int64_t offset = 0; offset < row_bytes; offset += kTileRowBytes) {
+        tiles.Load<2>(queries + offset / kTileRowBytes * kMaxTileRows * kLanes, kTileRowBytes);
+        tiles.Load<3>(keys[g].first + offset, keys[g].stride);
+        tiles.AddProducts<0, 3, 2>();
         upcoming.Advance(step);
-        tiles.Load<second_keys>(keys[g + 1].first + offset, keys[g + 1].stride);
-        tiles.AddProducts<1, second_keys, query>();
+        tiles.Load<3>(keys[g + 1].first + offset, keys[g + 1].stride);
+        tiles.AddProducts<1, 3, 2>();
         upcoming.Advance(step);
-      };
-      for (int64_t offset = 0; offset < row_bytes; offset += 2 * kTileRowBytes) {
-        add(offset, TileNumber<2>(), TileNumber<4>(), TileNumber<5>());
-        if (offset + kTileRowBytes == row_bytes) break;
-        add(offset + kTileRowBytes, TileNumber<3>(), TileNumber<6>(), TileNumber<7>());
       }
       tiles.Store<0>(scores[g], kTileRowBytes);
       tiles.Store<1>(scores[g + 1], kTileRowBytes);
@@ -205,10 +197,7 @@ struct PackedWeights {
       }
     }
   }
-  // One of four tiles that are used together.
-  const U32* Tile(int first_group, int tile) const {
-    return rows[first_group] + tile * kMaxTileRows;
-  }
+  const U32* Tile(int group, int tile) const { return rows[group] + tile * kMaxTileRows; }
 };
 
 // Adds what was summed for 32 elements of values, as [even or odd][upper half or rest][row], to
@@ -222,36 +211,36 @@ inline void AddSums(const float* sums, int64_t num_rows, float* o, int64_t o_str
   }
 }
 
-// Sums the products of four tiles of weights, 0 to 3, with 32 elements of values, `offset` bytes
-// on. Calls fetch() for each tile of values.
-template <int kSlots, int kSum, typename Fetch>
-inline void SumValues(Tiles& tiles, const TileRows* values, int64_t offset, float* sums,
-                      const Fetch& fetch) {
-  tiles.Clear<kSum>();
-  tiles.Load<6>(values[0].first + offset, values[0].stride);
-  tiles.AddProducts<kSum, 0, 6>();
-  if constexpr (kSlots == 8) {
-    tiles.Clear<5>();
-    tiles.AddProducts<5, 1, 6>();
+// Sums the products of a block's weights with elements of values from `offset` bytes on: 32 of them
+// where weights have two tiles for each group of keys, else 64, or 32 if there are no more. Two
+// tiles of sums, so that what is loaded serves both. Calls fetch() for each tile of values.
+template <int kSlots, typename Fetch>
+inline void SumValues(Tiles& tiles, const PackedWeights<kSlots>& weights, const TileRows* values,
+                      int64_t offset, int64_t num_tiles, float* sums, const Fetch& fetch) {
+  tiles.Clear<0>();
+  tiles.Clear<1>();
+  for (int g = 0; g < kKeyGroups; ++g) {
+    const char* value = values[g].first + offset;
+    if constexpr (PackedWeights<kSlots>::kTiles == 2) {
+      tiles.Load<2>(value, values[g].stride);
+      tiles.Load<3>(weights.Tile(g, 0), kTileRowBytes);
+      tiles.AddProducts<0, 3, 2>();
+      tiles.Load<3>(weights.Tile(g, 1), kTileRowBytes);
+      tiles.AddProducts<1, 3, 2>();
+    } else {
+      tiles.Load<2>(weights.Tile(g, 0), kTileRowBytes);
+      tiles.Load<3>(value, values[g].stride);
+      tiles.AddProducts<0, 2, 3>();
+      if (num_tiles == 2) {
+        fetch();
+        tiles.Load<3>(value + kTileRowBytes, values[g].stride);
+        tiles.AddProducts<1, 2, 3>();
+      }
+    }
+    fetch();
   }
-  fetch();
-  tiles.Load<7>(values[1].first + offset, values[1].stride);
-  if constexpr (kSlots == 8) {
-    tiles.AddProducts<kSum, 2, 7>();
-    tiles.AddProducts<5, 3, 7>();
-    fetch();
-    tiles.Store<5>(sums + kMaxTileRows * kLanes, kTileRowBytes);
-  } else {
-    tiles.AddProducts<kSum, 1, 7>();
-    fetch();
-    tiles.Load<6>(values[2].first + offset, values[2].stride);
-    tiles.AddProducts<kSum, 2, 6>();
-    fetch();
-    tiles.Load<7>(values[3].first + offset, values[3].stride);
-    tiles.AddProducts<kSum, 3, 7>();
-    fetch();
-  }
-  tiles.Store<kSum>(sums, kTileRowBytes);
+  tiles.Store<0>(sums, kTileRowBytes);
+  tiles.Store<1>(sums + kMaxTileRows * kLanes, kTileRowBytes);
 }
 
 // Accumulates o[row] += sum over the keys of a block of s[row][key] * v[key], for all rows, of
@@ -263,30 +252,23 @@ inline void AccumulateRowsWithTiles(Tiles& tiles, int64_t num_rows, const float*
                                     int64_t o_stride, RowFetcher& upcoming,
                                     PackedWeights<kSlots>& weights) {
   // Two, so that one is added to `o` while the other is stored to.
-  alignas(64) float sums[2][4 * kSlots * kLanes];
-  constexpr int kGroups = kKeyGroups / PackedWeights<kSlots>::kTiles;
+  alignas(64) float sums[2][2 * kMaxTileRows * kLanes];
   const RowGroups groups = WeightGroups(num_rows);
   const int64_t row_bytes = v_head_dim * sizeof(uint16_t);
   const int64_t step =
       RowFetcher::Step(kBlockKeys, groups.count * kKeyGroups * row_bytes / kTileRowBytes);
+  constexpr int64_t kMostTiles = 2 / PackedWeights<kSlots>::kTiles;
   for (int64_t group = 0; group < groups.count; ++group) {
     weights.Pack(groups, group, s);
-    for (int first = 0; first < kKeyGroups; first += kGroups) {
-      tiles.Load<0>(weights.Tile(first, 0), kTileRowBytes);
-      tiles.Load<1>(weights.Tile(first, 1), kTileRowBytes);
-      tiles.Load<2>(weights.Tile(first, 2), kTileRowBytes);
-      tiles.Load<3>(weights.Tile(first, 3), kTileRowBytes);
-      const auto accumulate = [&](int64_t offset, auto sum, float* sums) {
-        SumValues<kSlots, sum>(tiles, values + first, offset, sums,
-                               [&] { upcoming.Advance(step); });
+    int turn = 0;
+    for (int64_t offset = 0; offset < row_bytes; turn = 1 - turn) {
+      const int64_t num_tiles = offset + kMostTiles * kTileRowBytes <= row_bytes ? kMostTiles : 1;
+      SumValues<kSlots>(tiles, weights, values, offset, num_tiles, sums[turn],
+                        [&] { upcoming.Advance(step); });
+      for (int64_t tile = 0; tile < num_tiles; ++tile, offset += kTileRowBytes) {
         // A row of bytes holds half as many elements of values as of outputs.
         float* to = o + groups.Begin(group) * o_stride + offset / sizeof(uint16_t);
-        AddSums<kSlots>(sums, groups.size, to, o_stride);
-      };
-      for (int64_t offset = 0; offset < row_bytes; offset += 2 * kTileRowBytes) {
-        accumulate(offset, TileNumber<4>(), sums[0]);
-        if (offset + kTileRowBytes == row_bytes) break;
-        accumulate(offset + kTileRowBytes, TileNumber<(kSlots == 4 ? 5 : 4)>(), sums[1]);
+        AddSums<kSlots>(sums[turn] + tile * kMaxTileRows * kLanes, groups.size, to, o_stride);
       }
     }
   }
