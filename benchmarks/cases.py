@@ -204,7 +204,7 @@ _DENSE_GPU = tuple(
 _PAGED = tuple(
     _derived(case, f"page{page_size}", page_size=page_size)
     for case in (
-        *(LLAMA_8B, LLAMA_8B_BATCH, LLAMA_7B, LLAMA_70B, TENSOR_PARALLEL, GEMMA, GPT_OSS),
+        *(LLAMA_8B, LLAMA_8B_BATCH, LLAMA_7B, LLAMA_70B, TENSOR_PARALLEL, GEMMA, GPT_OSS, SMALL),
         *_DENSE_GPU,
     )
     for page_size in (16, 64, 128)
@@ -212,7 +212,11 @@ _PAGED = tuple(
 
 _QUANTIZED = tuple(
     _derived(case, suffix, cache_dtype=cache_dtype)
-    for case in (LLAMA_8B, LLAMA_70B, _derived(LLAMA_8B, "page16", page_size=16))
+    for case in (
+        *(LLAMA_8B, LLAMA_70B, _derived(LLAMA_8B, "page16", page_size=16)),
+        *_DENSE_GPU,
+        *(_derived(case, "page16", page_size=16) for case in _DENSE_GPU),
+    )
     for suffix, cache_dtype in {
         "int8": "int8",
         "fp8_e4m3": "float8_e4m3fn",
