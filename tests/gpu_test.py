@@ -84,6 +84,8 @@ def test_groups(group, dtype, monkeypatch):
 LENGTHS = [0, 1, 15, 16, 17, 127, 128, 129, 300, 511, 512, 720]
 
 
+# Small calls have kernels of their own, in which blocks of an entry merge it themselves.
+@pytest.mark.parametrize("calls", ["small", "large"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("page_size", [None, 16, 48])
 @pytest.mark.parametrize(
@@ -98,14 +100,15 @@ LENGTHS = [0, 1, 15, 16, 17, 127, 128, 129, 300, 511, 512, 720]
     ],
     ids=repr,
 )
-def test_streams(head_dim, page_size, options, monkeypatch):
+def test_streams(calls, head_dim, page_size, options, monkeypatch):
     rng = np.random.default_rng(head_dim)
+    lengths = LENGTHS if calls == "small" else 6 * LENGTHS
     problem = support.dense(
         rng,
-        batch=len(LENGTHS),
+        batch=len(lengths),
         head_dim=head_dim,
         kv_len=720,
-        lengths=LENGTHS,
+        lengths=lengths,
         **{"num_q_heads": 8, "dtype": "bfloat16", **options},
     )
     problem = support.poison(problem)
@@ -122,6 +125,7 @@ def test_streams(head_dim, page_size, options, monkeypatch):
         problem.check("native")
 
 
+@pytest.mark.parametrize("calls", ["small", "large"])
 @pytest.mark.parametrize("cache_dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("page_size", [None, 16, 48, 96])
@@ -135,14 +139,15 @@ def test_streams(head_dim, page_size, options, monkeypatch):
     ],
     ids=repr,
 )
-def test_streams_of_8_bits(cache_dtype, head_dim, page_size, options, monkeypatch):
+def test_streams_of_8_bits(calls, cache_dtype, head_dim, page_size, options, monkeypatch):
     rng = np.random.default_rng(head_dim)
+    lengths = LENGTHS if calls == "small" else 6 * LENGTHS
     problem = support.dense(
         rng,
-        batch=len(LENGTHS),
+        batch=len(lengths),
         head_dim=head_dim,
         kv_len=960,
-        lengths=LENGTHS,
+        lengths=lengths,
         cache_dtype=cache_dtype,
         **{"num_q_heads": 8, "dtype": "bfloat16", **options},
     )
@@ -316,11 +321,11 @@ def test_captured_and_replayed(size):
     np.testing.assert_array_equal(np.asarray(one[1][0]), expected[1])
 
 
-@pytest.mark.parametrize("batch", [1, 3, 16])
+@pytest.mark.parametrize("batch, kv_len", [(1, 9000), (3, 3000), (16, 3000), (1, 300), (4, 512)])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("cache_dtype", ["bfloat16", "float8_e4m3fn"])
-def test_calls_that_follow_each_other(batch, head_dim, ragged, cache_dtype):
+def test_calls_that_follow_each_other(batch, kv_len, head_dim, ragged, cache_dtype):
     # With nothing between them each starts before the one ends whose results it reads.
     rng = np.random.default_rng(batch)
     x = support.dense(
@@ -328,10 +333,10 @@ def test_calls_that_follow_each_other(batch, head_dim, ragged, cache_dtype):
         batch=batch,
         num_q_heads=8,
         head_dim=head_dim,
-        kv_len=3000,
+        kv_len=kv_len,
         dtype="bfloat16",
         cache_dtype=cache_dtype,
-        lengths=rng.integers(1, 3001, batch) if ragged else None,
+        lengths=rng.integers(1, kv_len + 1, batch) if ragged else None,
     )
     arrays = {name: jnp.asarray(array) for name, array in x.arrays.items()}
     query = arrays.pop("query")
@@ -395,6 +400,38 @@ def test_explain(cache_dtype):
     assert call.num_splits is not None and call.num_splits > 1
     assert call.scratch_bytes is not None
     assert call.scratch_bytes >= call.num_splits * 8 * 130 * 4
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("head_dim, kv_len", [(64, 896), (128, 512), (128, 896), (256, 512)])
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("options", [{}, {"query_len": 2, "sinks": True, "sliding_window": 300}])
+def test_small_calls_merge_without_scratch(page_size, head_dim, kv_len, ragged, options):
+    x = support.dense(
+        np.random.default_rng(0),
+        batch=4,
+        num_q_heads=32,
+        num_kv_heads=8,
+        head_dim=head_dim,
+        kv_len=kv_len,
+        dtype="bfloat16",
+        lengths=[kv_len, 0, 1, 333] if ragged else [kv_len] * 4,
+        causal="bottom_right",
+        **options,
+    )
+    x = support.poison(x)
+    if page_size is not None:
+        x = support.paged(x, np.random.default_rng(1), page_size, "NHD", 2)
+    x.check("native")
+    for a, b in zip(x.run("native"), x.run("native"), strict=True):
+        np.testing.assert_array_equal(a, b)
+    if jax_attn.ffi.variants(PLATFORM)[0] != "stream" or page_size is not None:
+        return
+    arrays = {k: jnp.asarray(v) for k, v in x.arrays.items()}
+    attend = functools.partial(jax_attn.split_kv_attention, **x.options)
+    (call,) = jax_attn.explain(attend)(**arrays)
+    assert call.num_splits is not None and call.num_splits > 1
+    assert call.scratch_bytes == 0
 
 
 def test_unknown_variant(monkeypatch):

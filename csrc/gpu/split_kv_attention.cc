@@ -55,18 +55,23 @@ const void* FindSplitKernel(DType stored, const KernelShape& shape) {
   return nullptr;
 }
 
+template <DType kStored>
+const void* FindStreamKernel(const KernelShape& shape) {
+  return shape.clusters ? ClusterKernelOf<kStored>(shape) : StreamKernelOf<kStored>(shape);
+}
+
 const void* FindStreamKernel(DType stored, const KernelShape& shape) {
   switch (stored) {
     case DType::kBFloat16:
-      return StreamKernelOf<DType::kBFloat16>(shape);
+      return FindStreamKernel<DType::kBFloat16>(shape);
     case DType::kFloat16:
-      return StreamKernelOf<DType::kFloat16>(shape);
+      return FindStreamKernel<DType::kFloat16>(shape);
     case DType::kInt8:
-      return StreamKernelOf<DType::kInt8>(shape);
+      return FindStreamKernel<DType::kInt8>(shape);
     case DType::kFloat8E4M3FN:
-      return StreamKernelOf<DType::kFloat8E4M3FN>(shape);
+      return FindStreamKernel<DType::kFloat8E4M3FN>(shape);
     case DType::kFloat8E5M2:
-      return StreamKernelOf<DType::kFloat8E5M2>(shape);
+      return FindStreamKernel<DType::kFloat8E5M2>(shape);
     default:
       return nullptr;
   }
@@ -184,8 +189,9 @@ std::string LaunchKernels(const SplitKvAttentionParams& params, SplitPlan plan, 
            " bytes of shared memory, this device has " + std::to_string(device.shared_per_block);
   }
   w.merged = plan.merges;
-  w.allows_next =
-      2 * blocks <= device.num_cores || (plan.merges && 4 * merge_blocks <= device.num_cores);
+  // There is not room for clusters of more than two everywhere.
+  const int room = w.cluster > 2 ? device.num_cores * 3 / 4 : device.num_cores;
+  w.allows_next = 2 * blocks <= room || (plan.merges && 4 * merge_blocks <= device.num_cores);
   w.partials = p.workspace;
   const bool streams = plan.shape.stream;
   const void* kernel = streams ? FindStreamKernel(p.key.dtype, plan.shape)

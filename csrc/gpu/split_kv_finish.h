@@ -132,6 +132,29 @@ struct WaveResults {
   const float* totals;
 };
 
+// Four values of a row, of all waves.
+template <int kWaves, int kRows>
+JAX_ATTN_DEVICE RowState MergeWavesOfRow(const WaveResults& results, int row, int d,
+                                         float value_factor) {
+  RowState state;
+  state.top = results.tops[row];
+#pragma unroll
+  for (int wave = 1; wave < kWaves; ++wave) {
+    state.top = Max(state.top, results.tops[wave * kRows + row]);
+  }
+#pragma unroll
+  for (int wave = 0; wave < kWaves; ++wave) {
+    state.AddBelow(results.tops[wave * kRows + row], results.totals[wave * kRows + row],
+                   *reinterpret_cast<const float4*>(results.outputs + wave * results.wave_stride +
+                                                    row * results.row_stride + d));
+  }
+  state.sum.x *= value_factor;
+  state.sum.y *= value_factor;
+  state.sum.z *= value_factor;
+  state.sum.w *= value_factor;
+  return state;
+}
+
 // Merges them, and writes a partial result to `slot`, or to `shared` unless that is null, or the
 // output if the slot is negative.
 // `v_head_dim` is that of `p`, which may be known when this is compiled.
@@ -143,39 +166,19 @@ JAX_ATTN_DEVICE void MergeWaves(const Params& p, const SplitWork& w, const Entry
   const int columns = v_head_dim / 4;
   for (int i = threads.index; i < rows.num_rows * columns; i += threads.count) {
     const int row = i / columns, d = i % columns * 4;
-    float top = results.tops[row];
-#pragma unroll
-    for (int wave = 1; wave < kWaves; ++wave) top = Max(top, results.tops[wave * kRows + row]);
-    const float base = Base(top);
-    float total = 0;
-    float4 sum = {0, 0, 0, 0};
-#pragma unroll
-    for (int wave = 0; wave < kWaves; ++wave) {
-      const float factor = Exp2(results.tops[wave * kRows + row] - base);
-      const float4 x = *reinterpret_cast<const float4*>(
-          results.outputs + wave * results.wave_stride + row * results.row_stride + d);
-      total += factor * results.totals[wave * kRows + row];
-      sum.x += factor * x.x;
-      sum.y += factor * x.y;
-      sum.z += factor * x.z;
-      sum.w += factor * x.w;
-    }
-    sum.x *= value_factor;
-    sum.y *= value_factor;
-    sum.z *= value_factor;
-    sum.w *= value_factor;
+    const RowState state = MergeWavesOfRow<kWaves, kRows>(results, row, d, value_factor);
     if (slot < 0) {
-      FinishRow(p, rows.batch_index, kv_head, rows.first_row + row, d, sum, top, total, sinks,
-                threads.write);
+      FinishRow(p, rows.batch_index, kv_head, rows.first_row + row, d, state.sum, state.top,
+                state.total, sinks, threads.write);
       continue;
     }
     if (!threads.write) continue;
     float* const partial = shared != nullptr ? shared : Partial(p, w, slot, kv_head);
-    *reinterpret_cast<float4*>(partial + row * v_head_dim + d) = sum;
+    *reinterpret_cast<float4*>(partial + row * v_head_dim + d) = state.sum;
     if (d == 0) {
       float* states = partial + w.rows_per_block * v_head_dim;
-      states[row] = top;
-      states[w.rows_per_block + row] = total;
+      states[row] = state.top;
+      states[w.rows_per_block + row] = state.total;
     }
   }
 }

@@ -92,7 +92,7 @@ struct SplitWork {
   Shares shares;     // if all entries have it
   int32_t num_groups = 0;
   // Blocks of one kv head that follow each other in the grid, have one entry together and merge
-  // what they find. 1, or kMaxCluster in stream kernels.
+  // what they find. 1, or in stream kernels kMaxCluster, or up to kMaxEntryCluster.
   int32_t cluster = 1;
   int32_t num_entries = 0;
   int32_t rows_per_block = 0;
@@ -146,14 +146,15 @@ struct SplitWork {
 // ---- What a block does at a time
 
 struct KernelShape {
-  bool matrix = false;  // matrix instructions, or multiply-adds
-  bool stream = false;  // tiles come through tensor maps: takes StreamParams
-  bool extras = false;  // soft cap, bias, ALiBi, mask, scales of tokens
-  int max_dim = 0;      // of head_dim and v_head_dim
-  int rows = 0;         // query rows of a block
-  int waves = 0;        // of a block
-  int stages = 0;       // tiles of a wave that are in shared memory
-  int tile_keys = 0;    // keys of a wave's tile
+  bool matrix = false;    // matrix instructions, or multiply-adds
+  bool stream = false;    // tiles come through tensor maps: takes StreamParams
+  bool extras = false;    // soft cap, bias, ALiBi, mask, scales of tokens
+  bool clusters = false;  // a stream kernel that merges by itself: split_kv_cluster.h
+  int max_dim = 0;        // of head_dim and v_head_dim
+  int rows = 0;           // query rows of a block
+  int waves = 0;          // of a block
+  int stages = 0;         // tiles of a wave that are in shared memory
+  int tile_keys = 0;      // keys of a wave's tile
 };
 
 // Bytes between rows of shared memory: an odd number of 16 bytes, so that the rows of a tile start
@@ -238,6 +239,9 @@ constexpr KernelShape VectorShape(int max_dim, int rows, int element_bytes,
 // A device has room for half as many clusters of two blocks as it has cores, but not for a quarter
 // as many clusters of four.
 inline constexpr int kMaxCluster = 2;
+
+// In cluster kernels, which leave cores idle; all devices have clusters of that many blocks.
+inline constexpr int kMaxEntryCluster = 8;
 
 // What stream kernels need of a problem: few lines of parameters, since each is a wait in a block
 // that begins. Fields are called as in SplitKvAttentionParams.
@@ -335,6 +339,33 @@ constexpr KernelShape StreamShape(int dim, int rows, int element_bytes) {
   shape.tile_keys = StreamTileKeys(element_bytes);
   return shape;
 }
+
+// ---- Cluster kernels: stream kernels of small calls
+
+constexpr KernelShape ClusterShape(int dim, int rows, int element_bytes) {
+  KernelShape shape = StreamShape(dim, rows, element_bytes);
+  shape.clusters = true;
+  return shape;
+}
+
+// What blocks of a cluster send each other are fours of values of a row, with its top and total.
+inline constexpr int kClusterItemBytes = 32;
+
+// Room for what a block is sent, whatever the size of the cluster.
+constexpr int ClusterInboxBytes(const KernelShape& shape) {
+  return kClusterItemBytes * (shape.rows * shape.max_dim / 4 + kMaxEntryCluster);
+}
+
+// Shared memory of a cluster kernel: rings, in which waves leave outputs later, then what blocks
+// are sent, then tops and totals of waves, then barriers.
+constexpr int ClusterSharedBytes(const KernelShape& shape) {
+  return StreamRingBytes(shape) + ClusterInboxBytes(shape) + 2 * 4 * shape.waves * shape.rows +
+         8 * (shape.waves * shape.stages + 1);
+}
+static_assert(ClusterSharedBytes(ClusterShape(256, 16, 2)) <=
+              StreamSharedBytes(StreamShape(256, 16, 2)));
+static_assert(ClusterSharedBytes(ClusterShape(64, 8, 1)) <=
+              StreamSharedBytes(StreamShape(64, 8, 1)));
 
 }  // namespace jax_attn::gpu
 

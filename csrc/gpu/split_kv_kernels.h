@@ -37,6 +37,9 @@ const void* VectorKernelOf(const KernelShape& shape);
 // take two tensor maps, of keys and of values, StreamParams or ScaledStreamParams, and SplitWork.
 template <DType kStored>
 const void* StreamKernelOf(const KernelShape& shape);
+// The same for small calls.
+template <DType kStored>
+const void* ClusterKernelOf(const KernelShape& shape);
 
 const void* MergeKernelOf();
 const void* StreamMergeKernelOf();

@@ -124,7 +124,8 @@ __global__ void __launch_bounds__(kStreamThreads<kDim, kRows>, 1)
     if (is_spare) PrefetchStart(p, w, group, kWaves * kTileKeys);
     WaitForPreviousKernel();
   }
-  TileWalk<kTileKeys, kWaves> walk(p, w, group, wave);
+  using Walk = TileWalk<kTileKeys, kWaves>;
+  Walk walk(p, w, group, wave);
   WaitForPreviousKernel();
   if (is_spare && walk.more()) {
     PrefetchQueries<kDim>(p, walk.rows(), kv_head);
@@ -132,12 +133,13 @@ __global__ void __launch_bounds__(kStreamThreads<kDim, kRows>, 1)
   }
   // Before any copy: it waits for those that are under way.
   if (w.merged || w.allows_next) AllowNextKernel();
-  TileStream<kDim, kTileKeys, kWaves, kStages> tiles(
-      k, v, p, walk, kv_head, rings + wave * kStages * StreamStageBytes(kShape), barriers,
-      !is_spare);
+  TileStream<Walk, kDim, kStages> tiles(k, v, p, walk, kv_head,
+                                        rings + wave * kStages * StreamStageBytes(kShape), barriers,
+                                        !is_spare);
   bool rehearses = is_spare;
   for (bool more = walk.more(); more;) {
     StreamCore<kStored, kDim, kRows> core(p, walk.rows(), kv_head);
+    core.ScaleQueries(p);
     if (!is_spare) {
       for (; walk.InPart(); walk.NextTile()) {
         core.Attend(p, walk, tiles.Wait());

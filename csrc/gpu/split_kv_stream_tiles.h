@@ -18,15 +18,17 @@ namespace jax_attn::gpu {
 
 // The tile that a wave is at, in the parts of its block. Tiles begin at multiples of their keys,
 // so that none has keys of two pages.
-template <int kTileKeys, int kWaves>
+template <int kTile, int kWaves>
 class TileWalk {
  public:
+  static constexpr int kTileKeys = kTile;
+  static constexpr int kStep = kTileKeys * kWaves;
+  static constexpr bool kHasOneEntry = false;
+
   JAX_ATTN_DEVICE TileWalk(const StreamParams& p, const SplitWork& w, int group, int wave)
       : p_(p), w_(w), wave_(wave), parts_(p, w, group) {
     more_ = NextPart();
   }
-
-  static constexpr int kStep = kTileKeys * kWaves;
 
   // Whether there is a part.
   JAX_ATTN_DEVICE bool more() const { return more_; }
@@ -45,7 +47,8 @@ class TileWalk {
     return true;
   }
 
-  JAX_ATTN_DEVICE int key() const { return key_; }  // the first of the tile
+  static constexpr JAX_ATTN_DEVICE int step() { return kStep; }  // keys from tile to tile
+  JAX_ATTN_DEVICE int key() const { return key_; }               // the first of the tile
   JAX_ATTN_DEVICE const KeyRange& keys() const { return keys_; }
   JAX_ATTN_DEVICE const KeyRange& common() const { return common_; }  // that all rows see
   JAX_ATTN_DEVICE const EntryRows& rows() const { return rows_; }
@@ -67,6 +70,54 @@ class TileWalk {
   int key_;
 };
 
+// The tiles of a wave in a cluster kernel, whose cluster has one entry. Its blocks take tiles in
+// turn, so that none has more than one tile more than another.
+template <int kTile, int kWaves>
+class ClusterWalk {
+ public:
+  static constexpr int kTileKeys = kTile;
+  static constexpr bool kHasOneEntry = true;
+
+  JAX_ATTN_DEVICE ClusterWalk(const StreamParams& p, const SplitWork& w, int index, int rank,
+                              int wave)
+      : wave_(wave) {
+    const Entry entry(p, w, index);
+    rows_ = entry;
+    context_ = entry.context;
+    const int first = entry.keys.begin / kTileKeys;
+    const int tiles = entry.keys.size() == 0 ? 0 : CeilDiv(entry.keys.end, kTileKeys) - first;
+    num_parts_ = min(tiles, w.splits.divisor());
+    keys_ = tiles == 0 ? KeyRange{0, 0} : entry.keys;
+    common_ = entry.common;
+    key_ = (first + wave * w.splits.divisor() + rank) * kTileKeys;
+    step_ = kTileKeys * kWaves * w.splits.divisor();
+  }
+
+  JAX_ATTN_DEVICE bool more() const { return true; }
+  JAX_ATTN_DEVICE bool InPart() const { return key_ < keys_.end; }
+  JAX_ATTN_DEVICE void NextTile() { key_ += step_; }
+  JAX_ATTN_DEVICE bool NextPart() { return false; }
+
+  JAX_ATTN_DEVICE int step() const { return step_; }
+  JAX_ATTN_DEVICE int key() const { return key_; }  // the first of the tile
+  JAX_ATTN_DEVICE const KeyRange& keys() const { return keys_; }
+  JAX_ATTN_DEVICE const KeyRange& common() const { return common_; }  // that all rows see
+  JAX_ATTN_DEVICE const EntryRows& rows() const { return rows_; }
+  JAX_ATTN_DEVICE const Context& context() const { return context_; }
+  JAX_ATTN_DEVICE int wave() const { return wave_; }
+  // Blocks of the cluster that have tiles: the first ones.
+  JAX_ATTN_DEVICE int num_parts() const { return num_parts_; }
+
+ private:
+  int wave_;
+  EntryRows rows_;
+  Context context_;
+  KeyRange keys_, common_;
+  int num_parts_;
+  int step_;
+  int key_;
+};
+
 // Row `row` of an entry in the queries.
 JAX_ATTN_DEVICE const uint16_t* QueryRow(const StreamParams& p, const EntryRows& rows, int kv_head,
                                          int row, int dim) {
@@ -85,14 +136,15 @@ JAX_ATTN_DEVICE void PrefetchQueries(const StreamParams& p, const EntryRows& row
 }
 
 // The copies of a wave. The queries of the first part are there or on their way.
-template <int kDim, int kTileKeys, int kWaves, int kStages>
+template <typename Walk, int kDim, int kStages>
 class TileStream {
  public:
+  static constexpr int kTileKeys = Walk::kTileKeys;
   static constexpr int kSideBytes = kStreamRowBytes * kDim;
 
   JAX_ATTN_DEVICE TileStream(const TensorMap& k, const TensorMap& v, const StreamParams& p,
-                             const TileWalk<kTileKeys, kWaves>& walk, int kv_head, char* ring,
-                             uint64_t* barriers, bool active)
+                             const Walk& walk, int kv_head, char* ring, uint64_t* barriers,
+                             bool active)
       : k_(k), v_(v), p_(p), kv_head_(kv_head), ring_(ring), barriers_(barriers), walk_(walk) {
     if (p.page_size != 0 && p.layer != nullptr) {
       first_page_ = min(max(*p.layer, 0), p.num_layers - 1) * p.num_pages;
@@ -129,7 +181,6 @@ class TileStream {
   }
 
  private:
-  using Walk = TileWalk<kTileKeys, kWaves>;
   // Of a tile; each may come from a page of its own.
   static constexpr int kParts = kTileKeys / kStreamMinKeys;
   static_assert(kParts == 1 || kParts == 2);
@@ -160,7 +211,7 @@ class TileStream {
     if (p_.page_size != 0) {
       if (tile_ == kPagedTiles) {
         pages_ = next_pages_;
-        next_pages_ = LoadPages(walk_.key() + kPagedTiles * Walk::kStep);
+        next_pages_ = LoadPages(walk_.key() + kPagedTiles * walk_.step());
         tile_ = 0;
       }
       outer = PageAt(tile_ * kParts);
@@ -195,9 +246,11 @@ class TileStream {
 
   JAX_ATTN_DEVICE void BeginPages() {
     if (p_.page_size == 0) return;
-    if (walk_.wave() == 0) PrefetchPagesOfNextEntry();
+    if constexpr (!Walk::kHasOneEntry) {
+      if (walk_.wave() == 0) PrefetchPagesOfNextEntry();
+    }
     pages_ = LoadPages(walk_.key());
-    next_pages_ = LoadPages(walk_.key() + kPagedTiles * Walk::kStep);
+    next_pages_ = LoadPages(walk_.key() + kPagedTiles * walk_.step());
     tile_ = 0;
   }
 
@@ -212,7 +265,7 @@ class TileStream {
   // Page ids of kPagedTiles tiles, a lane for each part of one.
   JAX_ATTN_DEVICE int LoadPages(int first_key) const {
     const int part = Lane() % kParts * kStreamMinKeys;
-    const int key = first_key + Lane() / kParts * Walk::kStep + part;
+    const int key = first_key + Lane() / kParts * walk_.step() + part;
     if (key >= walk_.keys().end) return 0;
     return p_.page_table.At(p_.batch, walk_.rows().batch_index)[p_.pages.Divide(key)];
   }

@@ -38,6 +38,8 @@ constexpr int kLateRounds = 2;  // blocks of theirs for a core
 constexpr int kLongShare = 48;  // units
 constexpr int kParts = 16;      // of an entry, that a block of the merge kernel reads at once
 
+constexpr int kWaveTiles = 4;  // of a wave in a cluster kernel; with many rows half of that
+
 constexpr int64_t kMaxPages = int64_t{1} << 31;  // that a tensor map can tell apart
 
 // What the runtime keeps for itself of a block's shared memory, and static arrays.
@@ -149,6 +151,41 @@ bool FormsClusters(const SplitPlan& plan, int64_t units, int64_t share) {
   const bool share_lines = kStreamRowBytes * plan.shape.max_dim < 128 * plan.shape.tile_keys;
   return plan.shape.stream && plan.shape.rows == kMatrixRows[0] && plan.work.uniform &&
          units == share * kMaxCluster && !share_lines;
+}
+
+// Tiles that an entry has at most.
+int64_t TilesPerEntry(const SplitKvAttentionParams& p, const KernelShape& shape) {
+  const int64_t keys = KeysPerEntry(p), all = CeilDiv(p.kv_len, shape.tile_keys);
+  // A window begins in the middle of a tile.
+  return std::min<int64_t>(all, CeilDiv(keys - 1, shape.tile_keys) + 1);
+}
+
+// Blocks of a cluster that has an entry and kv head to itself; 0 where that does not pay. A block
+// for every second core is fastest. More blocks pay where lengths are given, since what comes
+// instead merges then. Entries are so small that waiting for the longest costs less than a merge.
+int ClusterSize(const SplitKvAttentionParams& p, const SplitPlan& plan, const Device& device) {
+  const KernelShape& shape = plan.shape;
+  const int64_t clusters = int64_t{plan.work.num_entries} * p.num_kv_heads;
+  const int64_t pairs = device.num_cores / 2;
+  if (clusters > pairs) return 0;
+  const int64_t most = std::max<int64_t>(plan.work.uniform ? 1 : 2, pairs / clusters);
+  const int64_t tiles = TilesPerEntry(p, shape);
+  // Half of the waves of a block may be without a tile.
+  const int64_t size = std::min<int64_t>({most, CeilDiv(tiles, shape.waves / 2), kMaxEntryCluster});
+  const int max_tiles = shape.waves * (shape.rows == kMatrixRows[0] ? kWaveTiles : kWaveTiles / 2);
+  return size < 2 || CeilDiv(tiles, size) > max_tiles ? 0 : static_cast<int>(size);
+}
+
+// Makes the plan one of a cluster kernel, which needs less shared memory.
+void FormEntryClusters(int size, SplitPlan& plan) {
+  SplitWork& w = plan.work;
+  plan.shape.clusters = true;
+  plan.shared_bytes = ClusterSharedBytes(plan.shape);
+  w.cut = Cut::kCount;
+  w.max_splits = w.cluster = size;
+  w.num_groups = w.num_entries * size;
+  w.splits = Divisor(size);
+  plan.num_splits = size;
 }
 
 double StreamRate(const SplitKvAttentionParams& p, const KernelShape& shape) {
@@ -350,6 +387,12 @@ SplitPlan PlanSplits(const SplitKvAttentionParams& p, std::string_view variant,
   if (p.num_splits != 0) {
     CutEntries(p, Cut::kCount, std::min(p.num_splits, (p.kv_len + 15) / 16), plan);
     return plan;
+  }
+  if (shape.stream) {
+    if (const int size = ClusterSize(p, plan, device); size != 0) {
+      FormEntryClusters(size, plan);
+      return plan;
+    }
   }
   int64_t groups = PlanGroups(p, plan, device);
   if (BalancingIsIdle(p, plan, device, groups)) {

@@ -60,6 +60,18 @@ class CopyBarrier {
         "r"(parity)
         : "memory");
   }
+  // The same where blocks of the cluster sent the bytes.
+  JAX_ATTN_DEVICE void WaitForBlocks(uint32_t parity) const {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again_%=:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again_%=;\n"
+        "}" ::"r"(address_),
+        "r"(parity)
+        : "memory");
+  }
   JAX_ATTN_DEVICE uint32_t address() const { return address_; }
 
  private:
@@ -90,6 +102,12 @@ JAX_ATTN_DEVICE void PrefetchLine(const void* line) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(line) : "memory");
 }
 
+// Waits for the first `kThreads` threads of a block, of which others do not come.
+template <int kThreads>
+JAX_ATTN_DEVICE void SyncFirstThreads() {
+  asm volatile("barrier.sync 1, %0;" ::"n"(kThreads) : "memory");
+}
+
 // ---- Clusters of blocks, which such devices have too
 
 JAX_ATTN_DEVICE int RankInCluster() {
@@ -103,12 +121,60 @@ JAX_ATTN_DEVICE void SyncCluster() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
+// The same in two steps. Published barriers become known, but of other writes only those that come
+// before an arrival which `orders_writes`, and that is slow.
+JAX_ATTN_DEVICE void ArriveInCluster(bool orders_writes) {
+  if (orders_writes) {
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  } else {
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+  }
+}
+JAX_ATTN_DEVICE void WaitForCluster() {
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+
 // The same place in the shared memory of another block of the cluster.
 template <typename T>
 JAX_ATTN_DEVICE T* InBlock(int rank, T* shared) {
   T* other;
   asm volatile("mapa.u64 %0, %1, %2;" : "=l"(other) : "l"(shared), "r"(rank));
   return other;
+}
+
+// Writes to the same place in another block, whose barrier counts the bytes, if `sends`.
+template <typename T>
+JAX_ATTN_DEVICE void SendToBlock(int rank, const T* shared, const CopyBarrier& barrier,
+                                 const float2& x, bool sends) {
+  asm volatile(
+      "{\n"
+      ".reg .pred sends;\n"
+      ".reg .b32 to, counts;\n"
+      "setp.ne.b32 sends, %5, 0;\n"
+      "mapa.shared::cluster.u32 to, %0, %2;\n"
+      "mapa.shared::cluster.u32 counts, %1, %2;\n"
+      "@sends st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [to], {%3, %4}, "
+      "[counts];\n"
+      "}" ::"r"(SharedAddress(shared)),
+      "r"(barrier.address()), "r"(rank), "f"(x.x), "f"(x.y), "r"(static_cast<int>(sends))
+      : "memory");
+}
+template <typename T>
+JAX_ATTN_DEVICE void SendToBlock(int rank, const T* shared, const CopyBarrier& barrier,
+                                 const float4& x, bool sends) {
+  asm volatile(
+      "{\n"
+      ".reg .pred sends;\n"
+      ".reg .b32 to, counts;\n"
+      "setp.ne.b32 sends, %7, 0;\n"
+      "mapa.shared::cluster.u32 to, %0, %2;\n"
+      "mapa.shared::cluster.u32 counts, %1, %2;\n"
+      "@sends st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%3, %4, %5, %6}, "
+      "[counts];\n"
+      "}" ::"r"(SharedAddress(shared)),
+      "r"(barrier.address()), "r"(rank), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w),
+      "r"(static_cast<int>(sends))
+      : "memory");
 }
 
 // Four 8x8 matrices of 16-bit elements; a lane gives the address of a row.

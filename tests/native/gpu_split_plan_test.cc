@@ -38,7 +38,7 @@ void CheckShares(const SplitWork& w, int total) {
 }
 
 SplitPlan PlanOf(int64_t batch, int64_t kv_heads, int64_t kv_len, bool lengths, bool tensor_maps,
-                 int64_t workspace_limit) {
+                 int64_t workspace_limit, int64_t sliding_window = 0) {
   static const int32_t some = 0;
   SplitKvAttentionParams p;
   p.batch.num_dims = 1;
@@ -47,6 +47,7 @@ SplitPlan PlanOf(int64_t batch, int64_t kv_heads, int64_t kv_len, bool lengths, 
   p.num_q_heads = p.num_kv_heads = kv_heads;
   p.head_dim = p.v_head_dim = 128;
   p.kv_len = kv_len;
+  p.sliding_window = sliding_window;
   p.query_dtype = p.key.dtype = p.value.dtype = DType::kBFloat16;
   p.key.batch.strides[0] = p.value.batch.strides[0] = kv_len * kv_heads * 128;
   if (lengths) p.kv_lengths.data = &some;
@@ -59,6 +60,32 @@ struct Case {
   int64_t batch, kv_heads, kv_len;
   int first, late;  // groups
 };
+
+// Blocks of a cluster, with lengths and without; 0: there are none.
+struct SmallCase {
+  int64_t batch, kv_heads, kv_len, window;
+  int size, uniform_size;
+};
+
+void CheckClusters(const SmallCase& c) {
+  constexpr int64_t kNoLimit = int64_t{1} << 40;
+  for (const bool lengths : {false, true}) {
+    const SplitPlan plan = PlanOf(c.batch, c.kv_heads, c.kv_len, lengths, true, kNoLimit, c.window);
+    const SplitWork& w = plan.work;
+    const int size = lengths ? c.size : c.uniform_size;
+    Expect(plan.shape.clusters == (size != 0), "a cluster kernel", c.batch, c.kv_len);
+    if (size == 0) continue;
+    Expect(plan.variant() == "stream", "a stream kernel", c.kv_heads, c.kv_len);
+    Expect(w.cluster == size && plan.num_splits == size, "blocks of a cluster", w.cluster, size);
+    Expect(w.num_groups == c.batch * size, "groups", w.num_groups, size);
+    Expect(!plan.merges && plan.workspace_size == 0, "no merge kernel", plan.merges,
+           plan.workspace_size);
+    const SplitPlan other =
+        PlanOf(c.batch, c.kv_heads, c.kv_len, lengths, false, kNoLimit, c.window);
+    Expect(!other.shape.clusters && other.work.cluster == 1, "no clusters without tensor maps",
+           other.work.cluster, c.kv_len);
+  }
+}
 
 }  // namespace
 
@@ -93,6 +120,26 @@ int main() {
              other.work.num_groups, other.work.first_groups.divisor());
     }
   }
+  constexpr SmallCase kSmallCases[] = {
+      // A block for every second core, or two blocks where that is none.
+      {4, 8, 512, 0, 2, 2},
+      {2, 8, 1024, 0, 4, 4},
+      {1, 8, 2048, 0, 8, 8},
+      {8, 8, 512, 0, 2, 0},
+      {9, 8, 512, 0, 0, 0},
+      // Four tiles for a wave at most, half a tile at least.
+      {1, 8, 4096, 0, 8, 8},
+      {1, 8, 4097, 0, 0, 0},
+      {8, 8, 1024, 0, 2, 0},
+      {8, 8, 1025, 0, 0, 0},
+      {1, 8, 256, 0, 4, 4},
+      {4, 8, 65, 0, 2, 2},
+      {4, 8, 64, 0, 0, 0},
+      // What a window leaves of a long context.
+      {4, 8, 131072, 300, 2, 2},
+      {4, 8, 131072, 2000, 0, 0},
+  };
+  for (const SmallCase& c : kSmallCases) CheckClusters(c);
   std::printf("plans: %d\n", static_cast<int>(sizeof(kCases) / sizeof(*kCases)));
   return 0;
 }

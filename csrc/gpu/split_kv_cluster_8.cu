@@ -1,0 +1,12 @@
+// Copyright 2026 The jax_attn Authors
+// SPDX-License-Identifier: Apache-2.0
+
+#include "split_kv_cluster_kernels.h"
+
+namespace jax_attn::gpu {
+
+template const void* ClusterKernelOf<DType::kInt8>(const KernelShape&);
+template const void* ClusterKernelOf<DType::kFloat8E4M3FN>(const KernelShape&);
+template const void* ClusterKernelOf<DType::kFloat8E5M2>(const KernelShape&);
+
+}  // namespace jax_attn::gpu
