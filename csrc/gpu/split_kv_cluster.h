@@ -129,14 +129,17 @@ __global__ void __launch_bounds__(kClusterThreads<kDim, kRows>, 1)
   // The kernel before may still run, and write what this one reads: all but its parameters.
   if (is_spare) PrefetchStart(p, w.row_blocks.Divide(entry), kWaves * kTileKeys);
   WaitForPreviousKernel();
-  // Queries are asked for first: behind copies they would have to wait.
   const EntryRows rows(p, w, entry);
-  StreamCore<kStored, kDim, kRows> core(p, rows, kv_head);
+  // Queries are asked for first, since behind copies they would have to wait, and by the wave that
+  // begins none.
+  if (is_spare) {
+    ForQueryLines<kDim>(p, rows, kv_head, [](const uint16_t* line) { FetchLine(line); });
+  }
   using Walk = ClusterWalk<kTileKeys, kWaves>;
   Walk walk(p, w, entry, rank, wave);
   if (w.allows_next) AllowNextKernel();  // before any copy: it waits for those that are under way
   TileStream<Walk, kDim, kStages> tiles(k, v, p, walk, kv_head, ring, barriers, !is_spare);
-  core.ScaleQueries(p);
+  StreamCore<kStored, kDim, kRows> core(p, rows, kv_head);
   if (!is_spare) {
     for (; walk.InPart(); walk.NextTile()) {
       core.Attend(p, walk, tiles.Wait());

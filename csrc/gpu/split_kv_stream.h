@@ -139,7 +139,6 @@ __global__ void __launch_bounds__(kStreamThreads<kDim, kRows>, 1)
   bool rehearses = is_spare;
   for (bool more = walk.more(); more;) {
     StreamCore<kStored, kDim, kRows> core(p, walk.rows(), kv_head);
-    core.ScaleQueries(p);
     if (!is_spare) {
       for (; walk.InPart(); walk.NextTile()) {
         core.Attend(p, walk, tiles.Wait());

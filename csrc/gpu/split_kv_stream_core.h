@@ -44,11 +44,11 @@ JAX_ATTN_DEVICE void PrefetchScales(const ScaledStreamParams& p, const EntryRows
 template <DType kStored, int kDim, int kRowCount>
 class StreamCore {
  public:
-  // Begins with the rows of an entry, and asks for their queries.
+  // Begins with the rows of an entry.
   template <typename Params>
   JAX_ATTN_DEVICE StreamCore(const Params& p, const EntryRows& rows, int kv_head) {
     if constexpr (kBytes) {
-      LoadQueriesAndScales(p, rows, kv_head);
+      LoadScaledQueries(p, rows, kv_head);
     } else {
       LoadQueries(p, rows, kv_head);
     }
@@ -63,22 +63,6 @@ class StreamCore {
       for (int h = 0; h < kSteps; ++h) {
 #pragma unroll
         for (int i = 0; i < kElements; ++i) out_[h][n][i] = 0;
-      }
-    }
-  }
-
-  // Makes of queries, once they are there, what is multiplied.
-  template <typename Params>
-  JAX_ATTN_DEVICE void ScaleQueries(const Params& p) {
-    if constexpr (!kBytes) return;
-    const bool are_bfloat16 = p.query_dtype == DType::kBFloat16;
-#pragma unroll
-    for (int n = 0; n < kBlocks; ++n) {
-      const float inverse = are_bfloat16 ? MakeQueryFloat16(n) : 1.0f;
-#pragma unroll
-      for (int slot = 0; slot < kSlots; ++slot) {
-        factor_[kBytes ? n : 0][slot] =
-            p.scale * kLog2E * key_factor_ * Broadcast(inverse, Fragments::Row(Lane(), slot) * 4);
       }
     }
   }
@@ -250,11 +234,12 @@ class StreamCore {
     }
   }
 
-  JAX_ATTN_DEVICE void LoadQueriesAndScales(const ScaledStreamParams& p, const EntryRows& rows,
-                                            int kv_head) {
+  // As float16, whichever type they have.
+  JAX_ATTN_DEVICE void LoadScaledQueries(const ScaledStreamParams& p, const EntryRows& rows,
+                                         int kv_head) {
     const float* const k_scale = ScaleOf(p, p.k_scale, rows, kv_head);
     const float* const v_scale = ScaleOf(p, p.v_scale, rows, kv_head);
-    key_factor_ = k_scale == nullptr ? 1.0f : *k_scale;
+    const float key_factor = k_scale == nullptr ? 1.0f : *k_scale;
     value_factor_ = v_scale == nullptr ? 1.0f : *v_scale;
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) {
@@ -268,6 +253,16 @@ class StreamCore {
         const uint2 four = exists ? elements[c * 4] : uint2{0, 0};
         query_[c][n].words[0] = four.x;
         query_[c][n].words[1] = four.y;
+      }
+    }
+    const bool are_bfloat16 = p.query_dtype == DType::kBFloat16;
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+      const float inverse = are_bfloat16 ? MakeQueryFloat16(n) : 1.0f;
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) {
+        factor_[n][slot] =
+            p.scale * kLog2E * key_factor * Broadcast(inverse, Fragments::Row(Lane(), slot) * 4);
       }
     }
   }
@@ -396,7 +391,7 @@ class StreamCore {
 
   Fragments::B query_[kSteps][kBlocks];
   float factor_[kBytes ? kBlocks : 1][kSlots];  // of rows
-  float key_factor_, value_factor_;
+  float value_factor_;
   float top_[kBlocks][kSlots];
   float total_[kBlocks][kSlots];  // of the lane's own keys
   float out_[kSteps][kBlocks][kElements];

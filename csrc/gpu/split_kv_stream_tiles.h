@@ -125,14 +125,21 @@ JAX_ATTN_DEVICE const uint16_t* QueryRow(const StreamParams& p, const EntryRows&
          RowIndex(p, kv_head, rows.first_row + row) * dim;
 }
 
-// Brings the queries of an entry to L2.
-template <int kDim>
-JAX_ATTN_DEVICE void PrefetchQueries(const StreamParams& p, const EntryRows& rows, int kv_head) {
+// Calls visit(line) for lines of memory that have the queries of an entry, a lane for each.
+template <int kDim, typename Visit>
+JAX_ATTN_DEVICE void ForQueryLines(const StreamParams& p, const EntryRows& rows, int kv_head,
+                                   const Visit& visit) {
   constexpr int kLines = kDim * 2 / 128;
 #pragma unroll 1
   for (int i = Lane(); i < rows.num_rows * kLines; i += kWave) {
-    PrefetchLine(QueryRow(p, rows, kv_head, i / kLines, kDim) + i % kLines * 64);
+    visit(QueryRow(p, rows, kv_head, i / kLines, kDim) + i % kLines * 64);
   }
+}
+
+// Brings the queries of an entry to L2.
+template <int kDim>
+JAX_ATTN_DEVICE void PrefetchQueries(const StreamParams& p, const EntryRows& rows, int kv_head) {
+  ForQueryLines<kDim>(p, rows, kv_head, [](const uint16_t* line) { PrefetchLine(line); });
 }
 
 // The copies of a wave. The queries of the first part are there or on their way.
@@ -160,6 +167,7 @@ class TileStream {
       BeginTile(stage);
       walk_.NextTile();
     }
+    if constexpr (Walk::kHasOneEntry) return;
 #pragma unroll 1
     for (; stage < kStages; ++stage) Begin(stage);
   }

@@ -102,6 +102,12 @@ JAX_ATTN_DEVICE void PrefetchLine(const void* line) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(line) : "memory");
 }
 
+// Brings a line to the core's own cache, without waiting for it.
+JAX_ATTN_DEVICE void FetchLine(const void* line) {
+  uint32_t unused;
+  asm volatile("ld.global.ca.u32 %0, [%1];" : "=r"(unused) : "l"(line) : "memory");
+}
+
 // Waits for the first `kThreads` threads of a block, of which others do not come.
 template <int kThreads>
 JAX_ATTN_DEVICE void SyncFirstThreads() {
