@@ -79,7 +79,12 @@ void Copy(const void* from, int64_t bytes, void* to, void* also, bool stream) {
 
 // ---- Quantising
 
-// The scale of a row whose largest number is to be the largest of a format.
+// The scale of a row whose largest number `top` is to be the largest of a format.
+inline float ScaleOfLargest(float top, float largest) {
+  const float scale = top / largest;
+  return scale < 1.17549435e-38f ? 1.0f : scale;  // rows of zeros, or nearly
+}
+
 template <DType kFrom>
 float DynamicScale(const typename Format<kFrom>::Element* row, int64_t n, float largest) {
   F32 top = {};
@@ -93,8 +98,7 @@ float DynamicScale(const typename Format<kFrom>::Element* row, int64_t n, float 
     LoadPartialPair<Format<kFrom>>(row + i, static_cast<int>(n - i), a, b);
     top = Max(top, Max(Magnitude(a), Magnitude(b)));
   }
-  const float scale = MaxLane(top) / largest;
-  return scale < 1.17549435e-38f ? 1.0f : scale;  // rows of zeros, or nearly
+  return ScaleOfLargest(MaxLane(top), largest);
 }
 
 // Where a row of a token goes in the cache.
@@ -127,8 +131,8 @@ class Divisor {
 #if defined(__FMA__)
     if (usual_) {
       const F32 quotient = x * inverse_;
-      const F32 corrected = (x - quotient * scale_) * inverse_ + quotient;
-      return Select(Magnitude(quotient) < 1e30f, corrected, quotient);  // not of infinities
+      const F32 corrected = quotient - (quotient * scale_ - x) * inverse_;  // keeps -0
+      return Select(Magnitude(quotient) < 1e30f, corrected, quotient);      // not of infinities
     }
 #endif
     return x / scale_;
