@@ -186,7 +186,7 @@ class Pass {
       return false;
     }
     const char* const from = HeadOf(part, row, begin);
-    for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(from + p_.columns() * kSize + i);
+    PrefetchRow(from + p_.columns() * kSize, size);
     Copy(from, size, part.out + (token * part.num_heads + begin) * head_size,
          quantize ? nullptr : place.row, item_.stream);
     if (quantize) QuantizeRows(part, from, head_size, end - begin, place);
@@ -248,8 +248,7 @@ class Pass {
     const bool stream = item_.stream && CanStream(out, size);
     Place place = PlaceOf(part, token, first);
     for (int64_t head = first; head < last; ++head) {
-      // Prefetching by hardware alone leaves memory idle while a head is computed.
-      for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(from + token_stride + i);
+      PrefetchRow(from + token_stride, size);
       const char* result = from;
       if (!copy) {
         // Streaming stores must fill whole lines one after the other, which blocks do not.

@@ -62,6 +62,12 @@ void Encode(const float* from, int64_t n, typename Format<kDType>::Element* to) 
   memcpy(to + i, padded, (n - i) * sizeof(padded[0]));
 }
 
+// Asks for a row of the next token: prefetching by hardware alone leaves memory idle while a head
+// is computed. Into L2, since a core can wait for few lines on their way to L1.
+inline void PrefetchRow(const char* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
+}
+
 // Copies a row to one place, and to another unless that is null.
 void Copy(const void* from, int64_t bytes, void* to, void* also, bool stream) {
   const auto* row = static_cast<const char*>(from);
