@@ -34,6 +34,17 @@ inline U32 PackHalves(U32 a, U32 b) {
 #endif
 }
 
+// a * b + c, rounded once. Of a sum of two products a compiler chooses which one is not rounded.
+inline F32 Fused(F32 a, F32 b, F32 c) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<F32>(_mm512_fmadd_ps(
+      reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+#else
+  return reinterpret_cast<F32>(_mm256_fmadd_ps(
+      reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#endif
+}
+
 // Quotients by a scale, as good as those of a division where the dividend has 8 bits: they are on
 // the same side of each number that bytes are rounded at. The reciprocal has 48 bits.
 class ShortDivisor {
@@ -51,7 +62,7 @@ class ShortDivisor {
     return scale > 1e-18f && scale < 1e18f && (bits & 0x7fffffu) != 0x7fffffu;
   }
 
-  F32 Divide(F32 x) const { return x * high_ + x * low_; }
+  F32 Divide(F32 x) const { return Fused(x, high_, x * low_); }
   // A few units in the last place off.
   F32 DivideRoughly(F32 x) const { return x * high_; }
 
