@@ -178,6 +178,39 @@ def test_quantised_entries_are_those_of_float64(variant, cache_dtype, scale):
             assert (np.abs(dequantised - rows) <= 1.01 * step * largest).all()
 
 
+@pytest.mark.parametrize("cache_dtype", qkv_oracle.QUANTIZED)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_number_of_16_bits_is_quantised(variant, cache_dtype, dtype):
+    # Scales with and without quotients that are halves, one whose reciprocal is as far from a
+    # float32 as can be, and some that are too small or large to multiply by it.
+    scales = np.float32([1, 0.75, 0.0371, 3e-3, 7.3, 2 - 2.0**-23, 1e-20, 1e20])
+    problem = Problem(
+        tokens=512,
+        slot_mapping=range(512),
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+        head_dims=(64, 128),
+        heads=(16, 16),
+        scale="head",
+    )
+    problem.k_scale = problem.v_scale = np.tile(scales, 2)
+    # Half of the heads have neighbours in a row, the others NaN and infinities among numbers.
+    every = np.arange(1 << 16).reshape(512, 1, 128)
+    patterns = np.concatenate([every, every * 40503 & 0xFFFF], axis=1).astype(np.uint16)
+    value = np.repeat(patterns, len(scales), axis=1)
+    problem.x["qkv"][:, -16 * 128 :] = value.view(problem.x["qkv"].dtype).reshape(512, -1)
+    stored = np.asarray(problem.run_eagerly().cache.v_pages).reshape(-1, 16, 128)[:512]
+    value = value.view(problem.x["qkv"].dtype).astype(np.float32)
+    is_nan = np.isnan(value)
+    with np.errstate(over="ignore"):
+        quotient = np.where(is_nan, 0, value) / problem.v_scale[:, None]
+    expected = qkv_oracle.quantize(quotient, stored.dtype)
+    assert np.mean(is_nan) < 0.04
+    np.testing.assert_array_equal(bits(stored)[~is_nan], bits(expected)[~is_nan])
+    is_none = np.isnan(stored.astype(np.float32)) if cache_dtype != "int8" else stored == 0
+    assert is_none[is_nan].all()
+
+
 def test_rows_of_zeros_get_scale_one():
     problem = Problem(scale="dynamic", cache_dtype="int8", pairing=None, slot_mapping=range(8))
     problem.x["qkv"][:] = 0

@@ -4,6 +4,7 @@
 #include "fused_qkv_kernel.h"
 
 #include "qkv_blocks.h"
+#include "qkv_bytes.h"
 #include "qkv_norm.h"
 #include "qkv_rotation.h"
 #include "qkv_rows.h"
@@ -175,18 +176,20 @@ class Pass {
     }
   }
 
-  // Copies heads that are side by side wherever they are and go; false if they are not.
+  // Copies heads that are side by side wherever they are and go, or stores them in another type;
+  // false if they are not.
   bool RunAsOneRow(const Part& part, const char* row, int64_t token, int64_t begin, int64_t end) {
     const int64_t head_size = part.head_dim * kSize, size = (end - begin) * head_size;
-    const Place place = PlaceOf(part, token, begin);
-    if (part.column_stride != part.head_dim ||
-        (place.row != nullptr && (!place.same_type || place.row_stride != head_size))) {
+    Place place = PlaceOf(part, token, begin);
+    const bool quantize = place.row != nullptr && !place.same_type;
+    if (part.column_stride != part.head_dim || (place.same_type && place.row_stride != head_size)) {
       return false;
     }
     const char* const from = HeadOf(part, row, begin);
-    for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(from + p_.columns() * kSize + i);
-    Copy(from, size, part.out + (token * part.num_heads + begin) * head_size, place.row,
-         item_.stream);
+    PrefetchRow(from + p_.columns() * kSize, size);
+    Copy(from, size, part.out + (token * part.num_heads + begin) * head_size,
+         quantize ? nullptr : place.row, item_.stream);
+    if (quantize) QuantizeRows(part, from, head_size, end - begin, place);
     return true;
   }
 
@@ -245,8 +248,7 @@ class Pass {
     const bool stream = item_.stream && CanStream(out, size);
     Place place = PlaceOf(part, token, first);
     for (int64_t head = first; head < last; ++head) {
-      // Prefetching by hardware alone leaves memory idle while a head is computed.
-      for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(from + token_stride + i);
+      PrefetchRow(from + token_stride, size);
       const char* result = from;
       if (!copy) {
         // Streaming stores must fill whole lines one after the other, which blocks do not.
@@ -265,11 +267,12 @@ class Pass {
         memcpy(as_it_is, result, size);
       }
       if (place.row != nullptr && as_it_is == nullptr) {
-        Quantize<kDType>(result, n, part.pages->dtype, place, item_.stream);
+        QuantizeRows(part, result, size, 1, place);
+      } else {
+        place.Next();
       }
       from += from_stride;
       out += size;
-      place.Next();
     }
   }
 
@@ -297,27 +300,50 @@ class Pass {
       const float one = 1.0f;
       return ComputeHeads<kDType, kBlocks>(rows, rows.count, &one, 0, factors);
     }
-    if (p_.norm_scope == NormScope::kHead && !quantize) {
-      rows.Skip(NormalizeHeads<kDType, kBlocks>(rows, p_.epsilon, factors), kBytes);
+    // Rows to be quantised wait for it in L1, a few at a time.
+    char* const waiting = reinterpret_cast<char*>(rounded_);
+    if (quantize) rows.stored_stride = kBytes;
+    int64_t left = rows.count;
+    while (left > 0 && p_.norm_scope == NormScope::kHead) {
+      rows.count = quantize && left > kHeadsAtOnce ? kHeadsAtOnce : left;
+      if (quantize) rows.stored = waiting;
+      const int64_t done = NormalizeHeads<kDType, kBlocks>(rows, p_.epsilon, factors);
+      if (quantize) QuantizeRows(part, waiting, kBytes, done, place);
+      rows.Skip(done, kBytes);
+      left -= done;
+      if (rows.count != 0) break;
     }
+    rows.count = left;
     if (rows.count == 0) return;
     const auto squares = [&](int64_t first, int64_t last, float* sums) {
       SumSquaresOfHeads<kDType, kBlocks>(HeadOf(part, row, first), rows.from_stride, last - first,
                                          sums);
     };
     const auto run = [&](int64_t first, int64_t last, const float* inverses) {
-      if (quantize) {
-        rows.stored = reinterpret_cast<char*>(rounded_);
-        rows.stored_stride = kBytes;
-      }
+      if (quantize) rows.stored = waiting;
       ComputeHeads<kDType, kBlocks>(rows, last - first, inverses, 1, factors);
-      for (int64_t i = 0; i < last - first && quantize; ++i, place.Next()) {
-        Quantize<kDType>(rows.stored + i * kBytes, part.head_dim, part.pages->dtype, place,
-                         item_.stream);
-      }
+      if (quantize) QuantizeRows(part, waiting, kBytes, last - first, place);
       rows.Skip(last - first, kBytes);
     };
     RunInGroups(part, row, end - rows.count, end, squares, run);
+  }
+
+  // Stores `count` heads that are `stride` bytes apart in the cache, which has another type.
+  void QuantizeRows(const Part& part, const char* from, int64_t stride, int64_t count,
+                    Place& place) {
+    while (count > 0) {
+      if constexpr (kDType == DType::kBFloat16) {
+        const int64_t done = QuantizeHeads(from, stride, count, part.head_dim, part.pages->dtype,
+                                           item_.stream, place);
+        from += done * stride;
+        count -= done;
+        if (count == 0) return;
+      }
+      Quantize<kDType>(from, part.head_dim, part.pages->dtype, place, item_.stream);
+      place.Next();
+      from += stride;
+      --count;
+    }
   }
 
   // Computes a head of any size by way of float rows.

@@ -24,20 +24,6 @@ struct Block : Format<kDType> {
   }
 };
 
-// The lesser of each 16 bits.
-inline U32 LeastHalves(U32 a, U32 b) {
-#if defined(__AVX512BW__)
-  return reinterpret_cast<U32>(
-      _mm512_min_epu16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
-#elif defined(__AVX2__)
-  return reinterpret_cast<U32>(
-      _mm256_min_epu16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
-#else
-  const U16Pair x = reinterpret_cast<U16Pair>(a), y = reinterpret_cast<U16Pair>(b);
-  return reinterpret_cast<U32>(x < y ? x : y);
-#endif
-}
-
 // As in Storage: one vector has the even elements, the other the odd ones. Rounding takes less
 // than half the operations without the special case.
 template <>

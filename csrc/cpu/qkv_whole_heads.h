@@ -150,10 +150,7 @@ using WholeFactors =
 template <DType kDType, int kBlocks, bool kStream, bool kSmall, typename F>
 inline void ComputeHead(HeadRows& rows, float inverse, const F& factors) {
   using Whole = WholeHead<kDType, kBlocks>;
-  // Prefetching by hardware alone leaves memory idle while a head is computed.
-  for (int64_t i = 0; i < Whole::kBytes; i += 64) {
-    __builtin_prefetch(rows.from + rows.next_token + i);
-  }
+  PrefetchRow(rows.from + rows.next_token, Whole::kBytes);
   const auto* const x = reinterpret_cast<const typename Whole::Element*>(rows.from);
   Whole result;
   if (__builtin_expect(!result.template Compute<kSmall>(x, inverse, factors), 0)) {
