@@ -389,7 +389,7 @@ def test_explain(cache_dtype):
         batch=1,
         num_q_heads=8,
         head_dim=128,
-        kv_len=8192,
+        kv_len=16384,
         dtype="bfloat16",
         cache_dtype=cache_dtype,
     )
