@@ -108,20 +108,6 @@ inline U32 LeastHalves(U32 a, U32 b) {
 #endif
 }
 
-// The greater of each 16 bits.
-inline U32 GreatestHalves(U32 a, U32 b) {
-#if defined(__AVX512BW__)
-  return reinterpret_cast<U32>(
-      _mm512_max_epu16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
-#elif defined(__AVX2__)
-  return reinterpret_cast<U32>(
-      _mm256_max_epu16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
-#else
-  const U16Pair x = reinterpret_cast<U16Pair>(a), y = reinterpret_cast<U16Pair>(b);
-  return reinterpret_cast<U32>(x > y ? x : y);
-#endif
-}
-
 // Code of a finite magnitude that the format can hold, rounded to nearest even.
 template <int kExponentBits, int kMantissaBits, int kBias>
 inline U32 EncodeMagnitude(F32 magnitude) {

@@ -20,6 +20,17 @@ constexpr uint32_t kMagnitudes = 0x7fff7fffu;
 alignas(64) constexpr float kOddNumbers[16] = {1,  3,  5,  7,  9,  11, 13, 15,
                                                17, 19, 21, 23, 25, 27, 29, 31};
 
+// The greater of each unsigned 16 bits.
+inline U32 GreatestHalves(U32 a, U32 b) {
+#if defined(__AVX512BW__)
+  return reinterpret_cast<U32>(
+      _mm512_max_epu16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#else
+  return reinterpret_cast<U32>(
+      _mm256_max_epu16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#endif
+}
+
 // Signed 16 bits to signed 8, saturating; in order.
 inline U32 PackHalves(U32 a, U32 b) {
 #if defined(__AVX512BW__)
